@@ -1,0 +1,16 @@
+//! Pyramid Flow text-to-video and image-to-video generation.
+//!
+//! Data goes one way: `pipeline → text → sampler → (models record) graph → plan → exec →
+//! media`. Models know no backend, the executor knows no model.
+
+pub mod checkpoint;
+pub mod error;
+pub mod exec;
+pub mod graph;
+pub mod media;
+pub mod models;
+pub mod sampler;
+pub mod tensor;
+pub mod text;
+
+pub use error::{Error, ErrorKind, Result};
