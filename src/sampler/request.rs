@@ -192,6 +192,8 @@ pub struct StageGeometry {
 mod tests {
     use super::*;
 
+    type Edit = fn(&mut SamplerRequest);
+
     fn request() -> SamplerRequest {
         SamplerRequest {
             mode: Mode::TextToVideo,
@@ -210,7 +212,7 @@ mod tests {
     #[test]
     fn every_bad_setting_is_refused() {
         request().validate().unwrap();
-        let edits: Vec<(&str, fn(&mut SamplerRequest))> = vec![
+        let edits: [(&str, Edit); 14] = [
             ("0 latent frames", |r| r.units = 0),
             ("5000 latent frames", |r| r.units = 5000),
             ("1 latent frames", |r| (r.mode, r.units) = (Mode::ImageToVideo, 1)),
