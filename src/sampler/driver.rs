@@ -1,0 +1,239 @@
+//! The loop over units, stages and steps.
+
+use super::history::History;
+use super::latent::{Latent, LatentShape};
+use super::noise::NoiseSource;
+use super::request::{Mode, SamplerRequest, StageGeometry};
+use super::schedule::{Schedule, StageSchedule, stage_spans};
+use crate::{Error, Result};
+
+/// One Euler step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// Its number within the stage; `timestep` is `StageGeometry::timesteps[index]`.
+    pub index: usize,
+    /// What the transformer embeds, in 0..=1000.
+    pub timestep: f32,
+    /// The guidance scale; `None` asks for the positive prompt alone.
+    pub guidance: Option<f32>,
+    /// What the guided velocity is multiplied by before it is added; negative.
+    pub dsigma: f32,
+}
+
+/// The model, as the sampler sees it.
+pub trait Denoiser {
+    /// Prepares for the steps of one stage. `history` holds the clips of `stage.history`, oldest
+    /// first; they stay the same throughout the stage.
+    ///
+    /// # Errors
+    /// If the model cannot do what is asked.
+    fn begin_stage(&mut self, stage: &StageGeometry, history: &[Latent]) -> Result<()>;
+
+    /// Takes one step in place: `x <- x + step.dsigma * v`, where `v` is the guided velocity at
+    /// `x` (see [`super::guided_euler_step`]).
+    ///
+    /// # Errors
+    /// If the model fails.
+    fn step(&mut self, x: &mut Latent, step: &Step) -> Result<()>;
+}
+
+/// Watches a run, and may stop it. An error from it ends the run.
+pub trait Observer {
+    /// A step is done; `done` of the stage's steps are.
+    ///
+    /// # Errors
+    /// Whatever should end the run.
+    fn step_finished(&mut self, stage: &StageGeometry, done: usize) -> Result<()> {
+        let _ = (stage, done);
+        Ok(())
+    }
+
+    /// A stage is done, with this frame at the stage's size.
+    ///
+    /// # Errors
+    /// Whatever should end the run.
+    fn stage_finished(&mut self, stage: &StageGeometry, latent: &Latent) -> Result<()> {
+        let _ = (stage, latent);
+        Ok(())
+    }
+
+    /// A unit is done: the latent to save. It is finite and complete, and a run resumed with it
+    /// goes on to the same bits.
+    ///
+    /// # Errors
+    /// Whatever should end the run.
+    fn unit_finished(&mut self, unit: usize, latent: &Latent) -> Result<()> {
+        let _ = (unit, latent);
+        Ok(())
+    }
+
+    /// Whether to stop; asked before every step.
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// An observer that does nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Observer for Silent {}
+
+/// Samples a video: all its latent frames in order, each of shape
+/// [`SamplerRequest::unit_shape`], the `finished` ones first.
+///
+/// `finished` are the units there are already: none for a new text-to-video run, the encoded
+/// image (as [`super::LatentScaling::image_from_vae`] leaves it) for a new image-to-video run,
+/// and what an earlier run handed to its observer for one that is resumed or extended. The
+/// result has the same bits whichever units are given and whichever sampled.
+///
+/// # Errors
+/// * [`crate::ErrorKind::Input`] when the request or a finished unit cannot be used;
+/// * [`crate::ErrorKind::Numeric`] when a stage ends with NaN or infinity;
+/// * [`crate::ErrorKind::Interrupted`] when the observer cancels;
+/// * whatever the denoiser, the noise source or the observer returns.
+pub fn sample(
+    request: &SamplerRequest,
+    finished: Vec<Latent>,
+    denoiser: &mut dyn Denoiser,
+    noise: &mut dyn NoiseSource,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Latent>> {
+    request.validate()?;
+    check_finished(request, &finished)?;
+    let mut history = History::new(request.rounding.latents);
+    finished.into_iter().for_each(|latent| history.push(latent));
+    let mut run = Run { request, denoiser, noise, observer };
+    while history.len() < request.units {
+        let latent = run.unit(&history)?;
+        run.observer.unit_finished(history.len(), &latent)?;
+        history.push(latent);
+    }
+    Ok(history.into_frames())
+}
+
+fn check_finished(request: &SamplerRequest, finished: &[Latent]) -> Result<()> {
+    if request.mode == Mode::ImageToVideo && finished.is_empty() {
+        return Err(Error::input("image-to-video needs the image's latent as unit 0"));
+    }
+    if finished.len() > request.units {
+        let (have, want) = (finished.len(), request.units);
+        return Err(Error::input(format!("{have} units are finished already, {want} asked for"))
+            .hint("ask for at least as many units as there are"));
+    }
+    for (unit, latent) in finished.iter().enumerate() {
+        check_shape(latent, request.unit_shape()).map_err(|e| e.at(format!("unit {unit}")))?;
+        if !latent.is_finite() {
+            return Err(Error::input(format!("finished unit {unit} holds NaN or infinity"))
+                .hint("resume from an earlier unit"));
+        }
+    }
+    Ok(())
+}
+
+fn check_shape(latent: &Latent, shape: LatentShape) -> Result<()> {
+    if latent.shape() == shape {
+        return Ok(());
+    }
+    Err(Error::input(format!("a latent of shape {} was given for {shape}", latent.shape())))
+}
+
+/// A run's parts, for as long as it lasts.
+struct Run<'a> {
+    request: &'a SamplerRequest,
+    denoiser: &'a mut dyn Denoiser,
+    noise: &'a mut dyn NoiseSource,
+    observer: &'a mut dyn Observer,
+}
+
+impl Run<'_> {
+    /// Samples the next unit after `history`.
+    fn unit(&mut self, history: &History) -> Result<Latent> {
+        let unit = history.len();
+        let Schedule { stages } = self.request.schedule(unit)?;
+        let mut x = self.start(unit).map_err(|e| e.at(format!("unit {unit}")))?;
+        for (stage, schedule) in stages.iter().enumerate() {
+            let geometry = self.request.stage_geometry(unit, stage)?;
+            if stage > 0 {
+                x = self.enter(&geometry, &x).map_err(|e| e.at(place(&geometry)))?;
+            }
+            self.stage(&geometry, schedule, history, &mut x)?;
+            self.observer.stage_finished(&geometry, &x)?;
+        }
+        Ok(x)
+    }
+
+    /// What stage 0 of `unit` starts from: its frame of the initial noise, reduced.
+    fn start(&mut self, unit: usize) -> Result<Latent> {
+        let shape = self.request.unit_shape();
+        let noise = self.noise.initial(self.request.noise_frame(unit), shape)?;
+        check_shape(&noise, shape)?;
+        let mut x = noise.halved().halved();
+        // The mean of 4 independent normals has half their deviation, so each halving is
+        // made up for by a factor of 2; powers of two commute with rounding.
+        x.scale(4.0);
+        self.round(&mut x);
+        Ok(x)
+    }
+
+    /// What a stage above 0 starts from: the stage below, doubled and renoised.
+    fn enter(&mut self, to: &StageGeometry, below: &Latent) -> Result<Latent> {
+        let noise = self.noise.block(to.unit, to.stage, to.shape)?;
+        check_shape(&noise, to.shape)?;
+        let mut x = below.doubled();
+        let (alpha, beta) = stage_spans()[to.stage].renoise();
+        x.renoise(&noise, alpha as f32, beta as f32);
+        self.round(&mut x);
+        Ok(x)
+    }
+
+    /// Takes all steps of one stage.
+    fn stage(
+        &mut self,
+        geometry: &StageGeometry,
+        schedule: &StageSchedule,
+        history: &History,
+        x: &mut Latent,
+    ) -> Result<()> {
+        self.check_cancelled(geometry, 0)?;
+        let clips = history.clips(geometry.stage);
+        self.denoiser.begin_stage(geometry, &clips).map_err(|e| e.at(place(geometry)))?;
+        for (index, &timestep) in geometry.timesteps.iter().enumerate() {
+            self.check_cancelled(geometry, index)?;
+            let guidance = self.request.guidance_at(geometry.unit);
+            let step = Step { index, timestep, guidance, dsigma: schedule.dsigma(index) };
+            self.denoiser
+                .step(x, &step)
+                .map_err(|e| e.at(format!("{}, step {index}", place(geometry))))?;
+            self.round(x);
+            self.observer.step_finished(geometry, index + 1)?;
+        }
+        check_shape(x, geometry.shape).map_err(|e| e.at(place(geometry)))?;
+        if x.is_finite() {
+            return Ok(());
+        }
+        Err(Error::numeric(format!("{}: the latent holds NaN or infinity", place(geometry)))
+            .hint("check the checkpoint for damage, or lower the guidance"))
+    }
+
+    fn check_cancelled(&self, geometry: &StageGeometry, step: usize) -> Result<()> {
+        if !self.observer.cancelled() {
+            return Ok(());
+        }
+        let (place, units) = (place(geometry), self.request.units);
+        Err(Error::interrupted(format!(
+            "stopped at {place}, step {step}; {} of {units} units are finished",
+            geometry.unit
+        )))
+    }
+
+    fn round(&self, x: &mut Latent) {
+        if self.request.rounding.latents {
+            x.round_to_bf16();
+        }
+    }
+}
+
+fn place(geometry: &StageGeometry) -> String {
+    format!("unit {}, stage {}", geometry.unit, geometry.stage)
+}
