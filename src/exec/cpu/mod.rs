@@ -1,0 +1,349 @@
+//! The CPU backend: plain Rust, f32 maths, simple enough to trust.
+//!
+//! It is the numerical oracle for every other backend. Tensors are held as f32 whatever
+//! their type; those declared bf16 are rounded to bf16 whenever a node writes them, so that
+//! the same backend also tells what bf16 storage costs.
+
+mod attention;
+mod conv;
+mod linear;
+mod memory;
+mod norm;
+mod pointwise;
+
+pub use linear::gemm_into;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::exec::{Backend, GraphId, Session};
+use crate::graph::{Graph, Node, Op, Plan, Role, TensorId, WeightId};
+use crate::tensor::{DType, WeightSource, WeightView};
+use crate::{Error, Result};
+use memory::{Buffer, Mat, MatMut};
+
+/// The CPU backend. Work is spread over rayon's global thread pool.
+#[derive(Debug, Clone, Copy)]
+pub struct Cpu {
+    activations: DType,
+    poison: bool,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Cpu {
+    /// Activations in f32.
+    pub fn new() -> Self {
+        Cpu { activations: DType::F32, poison: false }
+    }
+
+    /// Activations rounded to bf16 wherever a device would store them so: what bf16 costs.
+    pub fn rounding_to_bf16() -> Self {
+        Cpu { activations: DType::Bf16, poison: false }
+    }
+
+    /// Fills memory with NaN as soon as the plan frees it, so that a use after the end of
+    /// a tensor's life shows.
+    pub fn poisoning(mut self) -> Self {
+        self.poison = true;
+        self
+    }
+}
+
+/// Every element takes an f32's place on this backend.
+const ELEMENT: usize = size_of::<f32>();
+
+impl Backend for Cpu {
+    fn description(&self) -> String {
+        format!("CPU, {} threads", rayon::current_num_threads())
+    }
+
+    fn activations(&self) -> DType {
+        self.activations
+    }
+
+    fn plan(&self, graph: &Graph) -> Plan {
+        Plan::new(graph, |_| ELEMENT)
+    }
+
+    fn open(&self, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>> {
+        Ok(Box::new(CpuSession {
+            backend: *self,
+            weights,
+            graphs: Vec::new(),
+            arena: Buffer::zeroed(0),
+            states: HashMap::new(),
+            packed: HashMap::new(),
+        }))
+    }
+}
+
+struct Planned {
+    graph: Graph,
+    plan: Plan,
+    /// Memory of inputs and constants, by root.
+    own: HashMap<TensorId, Buffer>,
+    /// Roots whose life ends with each node.
+    deaths: Vec<Vec<TensorId>>,
+}
+
+struct CpuSession {
+    backend: Cpu,
+    weights: Arc<dyn WeightSource>,
+    graphs: Vec<Option<Planned>>,
+    arena: Buffer,
+    states: HashMap<String, Buffer>,
+    /// Convolution weights in the order the kernel reads them, by name.
+    packed: HashMap<String, Arc<[f32]>>,
+}
+
+impl CpuSession {
+    fn planned(&self, id: GraphId) -> Result<&Planned> {
+        self.graphs
+            .get(id.0)
+            .and_then(Option::as_ref)
+            .ok_or_else(|| Error::usage("the graph was removed from its session"))
+    }
+
+    fn input_buffer(&mut self, id: GraphId, input: TensorId) -> Result<&mut [f32]> {
+        let planned = self
+            .graphs
+            .get_mut(id.0)
+            .and_then(Option::as_mut)
+            .ok_or_else(|| Error::usage("the graph was removed from its session"))?;
+        planned
+            .own
+            .get_mut(&input)
+            .map(Buffer::as_mut_slice)
+            .ok_or_else(|| Error::usage("only inputs can be written"))
+    }
+}
+
+impl Session for CpuSession {
+    fn add(&mut self, graph: Graph) -> Result<GraphId> {
+        for weight in graph.weights() {
+            let found = self.weights.weight(&weight.name)?;
+            if found.shape != weight.shape {
+                return Err(Error::model(format!(
+                    "{} has shape {:?}, the model needs {:?}",
+                    weight.name, found.shape, weight.shape
+                )));
+            }
+        }
+        let plan = self.backend.plan(&graph);
+        let mut own = HashMap::new();
+        for (i, tensor) in graph.tensors().iter().enumerate() {
+            let id = TensorId(i as u32);
+            if tensor.root != id {
+                continue;
+            }
+            match &tensor.role {
+                Role::Input => drop(own.insert(id, Buffer::zeroed(tensor.len()))),
+                Role::Constant(c) => drop(own.insert(id, Buffer::from(&graph.constants()[*c]))),
+                Role::State => {
+                    let len = tensor.len();
+                    let state = self
+                        .states
+                        .entry(tensor.name.clone())
+                        .or_insert_with(|| Buffer::zeroed(len));
+                    if state.len() != len {
+                        *state = Buffer::zeroed(len);
+                    }
+                }
+                Role::Intermediate | Role::Output => {}
+            }
+        }
+        let mut deaths = vec![Vec::new(); graph.nodes().len()];
+        for lifetime in plan.lifetimes() {
+            deaths[lifetime.nodes.end - 1].push(lifetime.root);
+        }
+        let elements = plan.arena_bytes() as usize / ELEMENT;
+        if self.arena.len() < elements {
+            self.arena = Buffer::zeroed(elements);
+        }
+        self.pack_convolutions(&graph)?;
+        self.graphs.push(Some(Planned { graph, plan, own, deaths }));
+        Ok(GraphId(self.graphs.len() - 1))
+    }
+
+    fn remove(&mut self, graph: GraphId) {
+        if let Some(slot) = self.graphs.get_mut(graph.0) {
+            *slot = None;
+        }
+    }
+
+    fn find(&self, graph: GraphId, name: &str) -> Result<TensorId> {
+        self.planned(graph)?.graph.find(name)
+    }
+
+    fn write(&mut self, graph: GraphId, input: TensorId, data: &[f32]) -> Result<()> {
+        let dtype = self.planned(graph)?.graph.tensor(input).dtype;
+        let buffer = self.input_buffer(graph, input)?;
+        buffer.copy_from_slice(data);
+        memory::round(dtype, buffer);
+        Ok(())
+    }
+
+    fn write_ids(&mut self, graph: GraphId, input: TensorId, ids: &[u32]) -> Result<()> {
+        let buffer = self.input_buffer(graph, input)?;
+        bytemuck::cast_slice_mut::<f32, u32>(buffer).copy_from_slice(ids);
+        Ok(())
+    }
+
+    fn run(&mut self, graph: GraphId) -> Result<()> {
+        let planned = self.planned(graph)?;
+        for (step, node) in planned.graph.nodes().iter().enumerate() {
+            let run = Run { session: self, planned, node };
+            run.execute().map_err(|e| e.at(format!("{} ({})", node.label, node.op.name())))?;
+            if self.backend.poison {
+                self.poison(planned, step);
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, graph: GraphId, tensor: TensorId) -> Result<Vec<f32>> {
+        let planned = self.planned(graph)?;
+        let t = planned.graph.tensor(tensor);
+        let mat = self.place(planned, tensor)?;
+        let mut out = Vec::with_capacity(t.len());
+        for r in 0..mat.rows {
+            out.extend_from_slice(mat.row(r));
+        }
+        Ok(out)
+    }
+}
+
+impl CpuSession {
+    /// Where a tensor lies.
+    fn place(&self, planned: &Planned, id: TensorId) -> Result<Mat> {
+        let t = planned.graph.tensor(id);
+        let root = planned.graph.tensor(t.root);
+        let start = match &root.role {
+            Role::Input | Role::Constant(_) => planned.own.get(&t.root).map(Buffer::start),
+            Role::State => self.states.get(&root.name).map(Buffer::start),
+            Role::Intermediate | Role::Output => planned
+                .plan
+                .lifetime(t.root)
+                .map(|l| self.arena.start_at(l.offset as usize / ELEMENT)),
+        };
+        let start = start.ok_or_else(|| {
+            Error::usage(format!("tensor {} is read or written by no node", root.name))
+        })?;
+        Ok(Mat::new(start.offset(t.offset), t.rows(), t.cols(), t.row_stride))
+    }
+
+    fn weight(&self, planned: &Planned, id: WeightId) -> Result<WeightView<'_>> {
+        self.weights.weight(&planned.graph.weights()[id.index()].name)
+    }
+
+    fn pack_convolutions(&mut self, graph: &Graph) -> Result<()> {
+        for node in graph.nodes() {
+            let Op::Conv3d(spec) = &node.op else { continue };
+            let name = &graph.weights()[spec.weight.index()].name;
+            if !self.packed.contains_key(name) {
+                let packed = conv::pack(&self.weights.weight(name)?);
+                self.packed.insert(name.clone(), packed.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn poison(&self, planned: &Planned, step: usize) {
+        for &root in &planned.deaths[step] {
+            let alive_elsewhere = planned.plan.lifetime(root).is_none_or(|dead| {
+                planned.plan.lifetimes().iter().any(|l| {
+                    l.root != root
+                        && l.nodes.contains(&(step + 1).min(planned.graph.nodes().len() - 1))
+                        && l.nodes.contains(&step)
+                        && l.offset < dead.offset + dead.bytes
+                        && dead.offset < l.offset + l.bytes
+                })
+            });
+            let output = planned.graph.tensor(root).role == Role::Output;
+            if !alive_elsewhere && !output {
+                if let Ok(mat) = self.place(planned, root) {
+                    // SAFETY: the plan says nothing alive uses this memory any more, and
+                    // nodes run one after another.
+                    let mut mat = unsafe { mat.writable() };
+                    mat.for_each_row(|_, row| row.fill(f32::NAN));
+                }
+            }
+        }
+    }
+}
+
+/// One node about to be executed: finds tensors and weights for the kernels.
+struct Run<'a> {
+    session: &'a CpuSession,
+    planned: &'a Planned,
+    node: &'a Node,
+}
+
+impl Run<'_> {
+    fn input(&self, i: usize) -> Result<Mat> {
+        self.session.place(self.planned, self.node.inputs[i])
+    }
+
+    fn input_shape(&self, i: usize) -> &[usize] {
+        &self.planned.graph.tensor(self.node.inputs[i]).shape
+    }
+
+    fn output(&self) -> Result<MatMut> {
+        let place = self.session.place(self.planned, self.node.output)?;
+        // SAFETY: a plan never gives the output the memory of an input that is still
+        // needed, except where the op may read and write the same place (see
+        // `Op::may_reuse_input` and `Op::updates_output`), and those kernels read a row
+        // before they write it. Nodes run one after another.
+        Ok(unsafe { place.writable() })
+    }
+
+    fn output_shape(&self) -> &[usize] {
+        &self.planned.graph.tensor(self.node.output).shape
+    }
+
+    fn output_dtype(&self) -> DType {
+        self.planned.graph.tensor(self.node.output).dtype
+    }
+
+    fn weight(&self, id: WeightId) -> Result<WeightView<'_>> {
+        self.session.weight(self.planned, id)
+    }
+
+    fn weight_f32(&self, id: WeightId) -> Result<Vec<f32>> {
+        Ok(self.weight(id)?.to_f32())
+    }
+
+    fn execute(&self) -> Result<()> {
+        match &self.node.op {
+            Op::Embedding { table, positions } => pointwise::embedding(self, *table, *positions),
+            Op::Linear { parts, epilogue } => linear::linear(self, parts, epilogue),
+            Op::Attention(spec) => attention::attention(self, spec),
+            Op::LayerNorm { weight, bias, eps } => norm::layer_norm(self, *weight, *bias, *eps),
+            Op::LayerNormModulate { eps, shift_column, scale_column, groups } => {
+                norm::layer_norm_modulate(self, *eps, *shift_column, *scale_column, groups)
+            }
+            Op::RmsNorm { weight, eps } => norm::rms_norm(self, *weight, *eps),
+            Op::HeadNormRope { weight, eps, heads } => {
+                norm::head_norm_rope(self, *weight, *eps, *heads)
+            }
+            Op::GroupNorm { weight, bias, groups, eps, silu } => {
+                norm::group_norm(self, [*weight, *bias], *groups, *eps, *silu)
+            }
+            Op::Activate(activation) => pointwise::activate(self, *activation),
+            Op::GatedGelu => pointwise::gated_gelu(self),
+            Op::TimestepEmbedding => pointwise::timestep_embedding(self),
+            Op::Patchify { channels_first } => pointwise::patchify(self, *channels_first),
+            Op::Unpatchify => pointwise::unpatchify(self),
+            Op::AddPositionTable { table, max_size, stage, grid } => {
+                pointwise::add_position_table(self, *table, *max_size, *stage, *grid)
+            }
+            Op::GuidedEuler => pointwise::guided_euler(self),
+            Op::Conv3d(spec) => conv::conv3d(self, spec),
+        }
+    }
+}
