@@ -1,12 +1,18 @@
-//! What several tests share.
+//! What several test files share; each is compiled with its own copy.
 #![allow(dead_code)]
 
 pub mod golden;
 
 use std::path::PathBuf;
 
-/// The folder of golden files: `PYRAFLOW_GOLDENS`, or the copy in the repository.
+/// The folder of reference data measured from the published implementation.
 pub fn goldens() -> PathBuf {
-    std::env::var_os("PYRAFLOW_GOLDENS")
-        .map_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens").into(), PathBuf::from)
+    let own = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+    std::env::var_os("PYRAFLOW_GOLDENS").map_or_else(own, PathBuf::from)
+}
+
+/// The folder with the tokenizers of the published checkpoints, if there is one.
+pub fn vocabularies() -> Option<PathBuf> {
+    let folder = PathBuf::from(std::env::var_os("PYRAFLOW_VOCABULARIES")?);
+    folder.is_dir().then_some(folder)
 }

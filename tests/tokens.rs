@@ -1,0 +1,202 @@
+//! Token ids against those of the published Python tokenizers.
+
+mod common;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use pyraflow::ErrorKind;
+use pyraflow::text::{CLIP_LENGTH, ClipTokenizer, T5_LENGTH, T5Tokenizer, Tokens};
+use serde_json::Value;
+
+/// The tokenizers of both model families, in a folder with a checkpoint of each.
+struct Tokenizers {
+    clip_l: ClipTokenizer,
+    clip_g: ClipTokenizer,
+    clip_flux: ClipTokenizer,
+    t5: T5Tokenizer,
+    t5_flux: T5Tokenizer,
+}
+
+impl Tokenizers {
+    fn load(folder: &Path) -> Self {
+        let clip = |path: &str| ClipTokenizer::from_dir(folder.join(path)).unwrap();
+        let t5 = |path: &str| T5Tokenizer::from_dir(folder.join(path)).unwrap();
+        Tokenizers {
+            clip_l: clip("sd3/tokenizer"),
+            clip_g: clip("sd3/tokenizer_2"),
+            clip_flux: clip("flux/tokenizer"),
+            t5: t5("sd3/tokenizer_3"),
+            t5_flux: t5("flux/tokenizer_2"),
+        }
+    }
+
+    /// The tokens of a prompt under the names that tokens.json has for them.
+    fn encode(&self, prompt: &str) -> [(&'static str, Tokens); 5] {
+        [
+            ("clip_l", self.clip_l.encode(prompt)),
+            ("clip_g", self.clip_g.encode(prompt)),
+            ("clip_flux", self.clip_flux.encode(prompt)),
+            ("t5", self.t5.encode(prompt).unwrap()),
+            ("t5_flux", self.t5_flux.encode(prompt).unwrap()),
+        ]
+    }
+}
+
+/// The ids that tokens.json has for a tokenizer: its own, or those it agrees with.
+fn expected(entry: &Value, name: &str) -> Vec<u32> {
+    let other = if name.starts_with("t5") { "t5" } else { "clip_l" };
+    let ids = entry.get(name).or(entry.get(other)).and_then(Value::as_array).unwrap();
+    ids.iter().map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect()
+}
+
+fn entries(folder: &Path) -> Vec<Value> {
+    let path = folder.join("tokens.json");
+    let entries: Vec<Value> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    assert!(!entries.is_empty());
+    entries
+}
+
+#[test]
+fn golden_ids_are_equal_with_their_padding() {
+    let folder = common::goldens();
+    let tokenizers = Tokenizers::load(&folder);
+    for entry in entries(&folder) {
+        let prompt = entry["prompt"].as_str().unwrap();
+        for (name, tokens) in tokenizers.encode(prompt) {
+            assert_eq!(tokens.ids, expected(&entry, name), "{name} of {prompt:?}");
+            if name == "t5" {
+                let mask: Vec<u32> = (0..T5_LENGTH).map(|i| u32::from(i < tokens.len)).collect();
+                assert_eq!(mask, expected(&entry, "t5_mask"), "mask of {prompt:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn ids_of_the_published_vocabularies_are_equal() {
+    let Some(folder) = common::vocabularies() else {
+        println!("skipped: PYRAFLOW_VOCABULARIES names no folder");
+        return;
+    };
+    let start = Instant::now();
+    let tokenizers = Tokenizers::load(&folder);
+    println!("five tokenizers loaded in {:?}", start.elapsed());
+    let mut wrong = Vec::new();
+    for entry in entries(&folder) {
+        let prompt = entry["prompt"].as_str().unwrap();
+        for (name, tokens) in tokenizers.encode(prompt) {
+            let expected = expected(&entry, name);
+            let end = *expected.last().unwrap();
+            let first_end = tokens.ids.iter().position(|&id| id == end).map(|at| at + 1);
+            let is_whole = expected.len() == tokens.len || Some(expected.len()) == first_end;
+            if !is_whole || !tokens.ids.starts_with(&expected) {
+                wrong.push(format!("{name} of {prompt:?}\n  {expected:?}\n  {:?}", tokens.ids));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} are wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// What has to hold for any text.
+fn check_form(name: &str, tokens: &Tokens) {
+    let length = if name.starts_with("t5") { T5_LENGTH } else { CLIP_LENGTH };
+    assert_eq!(tokens.ids.len(), length, "{name}");
+    assert!((1..=length).contains(&tokens.len), "{name}");
+    let padding = &tokens.ids[tokens.len..];
+    assert!(padding.windows(2).all(|pair| pair[0] == pair[1]), "{name}");
+    if let Some(lost) = &tokens.lost {
+        assert!(tokens.len == length && !lost.trim().is_empty(), "{name} lost {lost:?}");
+    }
+}
+
+#[test]
+fn what_is_cut_off_is_shown() {
+    let tokenizers = Tokenizers::load(&common::goldens());
+    let prompt = format!("{} The END.", "word ".repeat(200));
+    for (name, tokens) in tokenizers.encode(&prompt) {
+        check_form(name, &tokens);
+        let lost = tokens.lost.expect(name);
+        assert!(lost.to_lowercase().ends_with("word the end."), "{name}: {lost:?}");
+        assert!(lost.len() < prompt.len() && !lost.starts_with(' '), "{name}: {lost:?}");
+        // What was kept and what was lost are the whole: the lost part alone gives as many
+        // tokens as the whole prompt has beyond the kept ones, so it is cut off again.
+        let kept = &prompt[..prompt.len() - lost.len()];
+        let again = tokenizers.encode(kept).into_iter().find(|(n, _)| *n == name).unwrap().1;
+        assert_eq!((again.lost, &again.ids), (None, &tokens.ids), "{name}: kept {kept:?}");
+    }
+    for (name, tokens) in tokenizers.encode("a fox") {
+        assert_eq!(tokens.lost, None, "{name}");
+    }
+}
+
+#[test]
+fn hostile_prompts_are_encoded_in_little_time() {
+    let tokenizers = Tokenizers::load(&common::goldens());
+    let megabyte = 1 << 20;
+    let prompts = [
+        "\0".to_owned(),
+        "a\0b".to_owned(),
+        "word ".repeat(megabyte / 5),
+        "a".repeat(megabyte),
+        "!".repeat(megabyte),
+        " ".repeat(megabyte),
+        "\n".repeat(megabyte),
+        "👨\u{200d}👩\u{200d}👧".repeat(megabyte / 18),
+        "e\u{301}\u{302}".repeat(megabyte / 5),
+        "Ã".repeat(megabyte / 2),
+        "â€™".repeat(megabyte / 8),
+        "&amp;".repeat(megabyte / 5),
+        "&amp".repeat(megabyte / 4),
+        "雪".repeat(megabyte / 3),
+        "<|endoftext|>".repeat(megabyte / 13),
+    ];
+    for prompt in prompts {
+        let start = Instant::now();
+        for (name, tokens) in tokenizers.encode(&prompt) {
+            check_form(name, &tokens);
+        }
+        let (taken, shown) = (start.elapsed(), prompt.chars().take(6).collect::<String>());
+        println!("{shown:?} five times in {taken:?}");
+        assert!(taken < Duration::from_secs(60), "{shown:?} took {taken:?}");
+    }
+}
+
+#[test]
+fn unusable_folders_are_model_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let clip = || ClipTokenizer::from_dir(folder.path()).err().unwrap();
+    let t5 = || T5Tokenizer::from_dir(folder.path()).err().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+
+    assert_eq!((clip().kind(), t5().kind()), (ErrorKind::Model, ErrorKind::Model));
+    write("spiece.model", "x");
+    assert!(t5().hint_text().unwrap().contains("spiece.model"));
+    for damaged in ["", "{", "[]", "null", "{\"a\": -1}", "../nowhere"] {
+        write("vocab.json", damaged);
+        write("merges.txt", "#version\n");
+        write("tokenizer.json", damaged);
+        assert_eq!((clip().kind(), t5().kind()), (ErrorKind::Model, ErrorKind::Model));
+    }
+    write("vocab.json", "{\"a\": 0}");
+    assert!(clip().to_string().contains("<|startoftext|>"), "{}", clip());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_text_has_ids(prompts in prop::collection::vec("\\PC{0,80}|[\\x00-\\u{10FFFF}]{0,200}", 8)) {
+        let tokenizers = Tokenizers::load(&common::goldens());
+        for prompt in prompts {
+            for (name, tokens) in tokenizers.encode(&prompt) {
+                check_form(name, &tokens);
+                let end = tokens.ids[tokens.len - 1];
+                let empty = if name.starts_with("t5") { 0 } else { 1 };
+                let closed = tokenizers.encode("").into_iter().find(|(n, _)| *n == name).unwrap().1;
+                prop_assert_eq!(end, closed.ids[empty], "{} of {:?} has no end mark", name, prompt);
+            }
+        }
+    }
+}
