@@ -1,0 +1,186 @@
+//! The transformer as the sampler sees it.
+
+use std::collections::HashMap;
+
+use super::prompts::EncodedPrompt;
+use crate::checkpoint::TransformerConfig;
+use crate::exec::{GraphId, Session};
+use crate::graph::{Graph, TensorId};
+use crate::models::dit::{Clip, Geometry, ModulationLayout, StepOutput};
+use crate::models::{ExpectedWeight, flux, mmdit};
+use crate::sampler::{Denoiser, Latent, LatentShape, SamplerRequest, StageGeometry, Step};
+use crate::tensor::DType;
+use crate::{Error, Result};
+
+/// Timesteps whose adaptive-norm vectors are computed in one run of their graph.
+const TIMESTEPS_PER_RUN: usize = 16;
+
+/// Records one call of the configured transformer.
+///
+/// # Errors
+/// [`crate::ErrorKind::Input`] for a geometry that cannot be packed.
+pub fn record_step(
+    config: &TransformerConfig,
+    geometry: &Geometry,
+    output: StepOutput,
+    dtype: DType,
+) -> Result<Graph> {
+    match config {
+        TransformerConfig::Mmdit(c) => mmdit::record_step(c, geometry, output, dtype),
+        TransformerConfig::Flux(c) => flux::record_step(c, geometry, output, dtype),
+    }
+}
+
+/// Where the adaptive-norm vectors of the configured transformer lie.
+pub fn modulation_layout(config: &TransformerConfig) -> ModulationLayout {
+    match config {
+        TransformerConfig::Mmdit(c) => mmdit::modulation_layout(c),
+        TransformerConfig::Flux(c) => flux::modulation_layout(c),
+    }
+}
+
+/// Every weight of the configured transformer.
+///
+/// # Errors
+/// [`crate::ErrorKind::Model`] when the configuration contradicts itself.
+pub fn expected_weights(config: &TransformerConfig) -> Result<Vec<ExpectedWeight>> {
+    match config {
+        TransformerConfig::Mmdit(c) => mmdit::expected_weights(c),
+        TransformerConfig::Flux(c) => flux::expected_weights(c),
+    }
+}
+
+/// What the transformer packs in one stage of one unit.
+pub fn geometry(stage: &StageGeometry, text_tokens: &[usize]) -> Geometry {
+    let clip = |s: &LatentShape| Clip { frames: s.frames, height: s.height, width: s.width };
+    Geometry {
+        text_tokens: text_tokens.to_vec(),
+        history: stage.history.iter().map(clip).collect(),
+        current: clip(&stage.shape),
+        separate_latents: false,
+    }
+}
+
+/// The graph of the current stage and its inputs.
+struct Stage {
+    graph: GraphId,
+    modulation: TensorId,
+    current: TensorId,
+    scalars: TensorId,
+}
+
+/// Runs the transformer for the sampler. All adaptive-norm vectors are computed first:
+/// they depend on the timestep and the pooled prompts only.
+pub struct Transformer<'a> {
+    config: &'a TransformerConfig,
+    session: Box<dyn Session>,
+    dtype: DType,
+    text_tokens: Vec<usize>,
+    text: Vec<f32>,
+    /// Vectors of all samples, by the bits of the timestep.
+    modulation: HashMap<u32, Vec<f32>>,
+    stage: Option<Stage>,
+}
+
+impl<'a> Transformer<'a> {
+    /// Prepares a run. `prompts` are the samples of the batch: negative and positive, or the
+    /// positive one alone without guidance.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn new(
+        config: &'a TransformerConfig,
+        session: Box<dyn Session>,
+        dtype: DType,
+        prompts: &[EncodedPrompt],
+        request: &SamplerRequest,
+    ) -> Result<Transformer<'a>> {
+        let mut transformer = Transformer {
+            config,
+            session,
+            dtype,
+            text_tokens: prompts.iter().map(|p| p.tokens).collect(),
+            text: prompts.iter().flat_map(|p| p.embeds.iter().copied()).collect(),
+            modulation: HashMap::new(),
+            stage: None,
+        };
+        let mut timesteps = Vec::new();
+        // Unit 0 and the first generated unit after it have all schedules there are.
+        for unit in request.first_unit()..request.units.min(request.first_unit() + 2) {
+            for stage in 0..crate::sampler::STAGES {
+                timesteps.extend(request.stage_geometry(unit, stage)?.timesteps);
+            }
+        }
+        timesteps.sort_by(f32::total_cmp);
+        timesteps.dedup();
+        for some in timesteps.chunks(TIMESTEPS_PER_RUN) {
+            transformer.compute_modulation(some, prompts)?;
+        }
+        Ok(transformer)
+    }
+
+    fn compute_modulation(&mut self, timesteps: &[f32], prompts: &[EncodedPrompt]) -> Result<()> {
+        let layout = modulation_layout(self.config);
+        let rows = timesteps.len() * prompts.len();
+        let (width, pooled_dim) = (self.config.width(), self.config.pooled_dim());
+        let graph = self.session.add(layout.record(rows, width, pooled_dim, self.dtype)?)?;
+        let repeated: Vec<f32> =
+            timesteps.iter().flat_map(|&t| prompts.iter().map(move |_| t)).collect();
+        let pooled: Vec<f32> = timesteps
+            .iter()
+            .flat_map(|_| prompts.iter().flat_map(|p| p.pooled.iter().copied()))
+            .collect();
+        for (name, data) in [("timesteps", repeated), ("pooled", pooled)] {
+            let input = self.session.find(graph, name)?;
+            self.session.write(graph, input, &data)?;
+        }
+        self.session.run(graph)?;
+        let output = self.session.find(graph, "modulation")?;
+        let table = self.session.read(graph, output)?;
+        self.session.remove(graph);
+        for (t, vectors) in timesteps.iter().zip(table.chunks_exact(prompts.len() * layout.columns())) {
+            self.modulation.insert(t.to_bits(), vectors.to_vec());
+        }
+        Ok(())
+    }
+}
+
+impl Denoiser for Transformer<'_> {
+    fn begin_stage(&mut self, stage: &StageGeometry, history: &[Latent]) -> Result<()> {
+        if let Some(previous) = self.stage.take() {
+            self.session.remove(previous.graph);
+        }
+        let geometry = geometry(stage, &self.text_tokens);
+        let graph = record_step(self.config, &geometry, StepOutput::EulerStep, self.dtype)?;
+        let graph = self.session.add(graph)?;
+        let text = self.session.find(graph, "text")?;
+        self.session.write(graph, text, &self.text)?;
+        for (i, clip) in history.iter().enumerate() {
+            let input = self.session.find(graph, &format!("clip{i}"))?;
+            self.session.write(graph, input, clip.data())?;
+        }
+        self.stage = Some(Stage {
+            graph,
+            modulation: self.session.find(graph, "modulation")?,
+            current: self.session.find(graph, "current")?,
+            scalars: self.session.find(graph, "scalars")?,
+        });
+        Ok(())
+    }
+
+    fn step(&mut self, x: &mut Latent, step: &Step) -> Result<()> {
+        let (Some(stage), Some(vectors)) =
+            (&self.stage, self.modulation.get(&step.timestep.to_bits()))
+        else {
+            return Err(Error::usage("the sampler took a step that no stage announced"));
+        };
+        let session = &mut self.session;
+        session.write(stage.graph, stage.modulation, vectors)?;
+        session.write(stage.graph, stage.current, x.data())?;
+        let scalars = [step.guidance.unwrap_or(0.0), step.dsigma];
+        session.write(stage.graph, stage.scalars, &scalars)?;
+        session.run(stage.graph)?;
+        x.data_mut().copy_from_slice(&session.read(stage.graph, stage.current)?);
+        Ok(())
+    }
+}
