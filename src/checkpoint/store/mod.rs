@@ -120,13 +120,13 @@ pub(super) fn open(
 
     let size = plan.iter().map(Planned::bytes).sum::<usize>() as u64;
     let (folder, mut file) = location::create_in_first(&folders, name, size, source.label())?;
-    write(&source, &plan, sources, file.as_file_mut(), progress)
+    write(&source, &plan, sources.clone(), file.as_file_mut(), progress)
         .map_err(|e| e.at(format_args!("{} in bf16", source.label())))?;
     source.check_unchanged()?;
-    let written =
-        ComponentWeights::from_shards(source.label(), vec![open_safetensors(file.path())?])?;
-    written.check_contents()?;
-    drop(written);
+    reopen(file.path(), &source, &plan, &sources)
+        .ok_or_else(|| Error::model("its header does not read back as it was written"))
+        .and_then(|written| written.check_contents())
+        .map_err(|e| e.of_kind(ErrorKind::Io).at(format_args!("{} in bf16", source.label())))?;
     let path = folder.join(&file_name);
     file.persist(&path).map_err(|e| Error::io("cannot rename to", &path, e.error))?;
     // Makes the new name last through a power failure where the file system can.
