@@ -6,7 +6,7 @@ use crate::checkpoint::{Checkpoint, Family, Variant};
 use crate::media::{Fit, VideoSpec};
 use crate::models::vae::{FACTOR, video_frames};
 use crate::sampler::{LinearGuidance, Mode, Rounding, SamplerRequest};
-use crate::text::{PUBLISHED_NEGATIVE, PUBLISHED_SUFFIX, PromptText};
+use crate::text::{PUBLISHED_NEGATIVE, PUBLISHED_SUFFIX};
 use crate::{Error, Result};
 
 /// Frames per second of every video.
@@ -147,8 +147,7 @@ impl Request {
 
     /// The prompt with its suffix.
     pub fn full_prompt(&self) -> String {
-        let suffix = Some(self.suffix.clone()).filter(|s| !s.is_empty());
-        PromptText { prompt: self.prompt.clone(), suffix, ..PromptText::new("") }.positive()
+        format!("{}{}", self.prompt, self.suffix)
     }
 }
 

@@ -12,7 +12,7 @@ mod repair;
 mod t5;
 
 pub use clip::ClipTokenizer;
-pub use prompt::{PUBLISHED_NEGATIVE, PUBLISHED_SUFFIX, PromptText};
+pub use prompt::{PUBLISHED_NEGATIVE, PUBLISHED_SUFFIX};
 pub use t5::T5Tokenizer;
 
 /// How many ids the CLIP encoders take.

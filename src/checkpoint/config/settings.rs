@@ -36,15 +36,8 @@ impl Settings {
     pub fn refuse(&self, key: &str, must: &str) -> Error {
         let value = match self.values.get(key) {
             None => "missing".to_owned(),
-            Some(value) => {
-                let mut text = value.to_string();
-                if text.len() > 200 {
-                    let end = text.floor_char_boundary(200);
-                    text.truncate(end);
-                    text.push('…');
-                }
-                text
-            }
+            // Long enough for every honest value, short enough for a message.
+            Some(value) => value.to_string().chars().take(200).collect(),
         };
         Error::model(format!("{}: {key} is {value}, must be {must}", self.path.display()))
     }

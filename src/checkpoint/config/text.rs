@@ -70,7 +70,7 @@ impl ClipConfig {
             norm_eps: settings.epsilon("layer_norm_eps")?,
             projection,
         };
-        if config.width % config.heads != 0 {
+        if !config.width.is_multiple_of(config.heads) {
             let must = format!("a multiple of num_attention_heads, {}", config.heads);
             return Err(settings.refuse("hidden_size", &must));
         }

@@ -19,27 +19,26 @@
 //!   compares names, lengths and modification times of the source files recorded in the
 //!   header, and converts again if any differs.
 
-use std::collections::HashMap;
-use std::fmt::Write as _;
-use std::fs::{self, File, Permissions};
-use std::io::{Seek, SeekFrom, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+mod location;
 
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+
+use crc32fast::Hasher;
 use half::bf16;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use tempfile::NamedTempFile;
 
 use super::formats::{WeightFiles, open_safetensors, safetensors_metadata};
 use super::mapped::{MappedFile, Stamp};
 use super::order::OrderKey;
 use super::weights::ComponentWeights;
 use crate::tensor::{DType, WeightSource, WeightView};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
+
+pub use location::StoreOptions;
 
 /// Changes when the same source would give another file.
 const VERSION: u32 = 1;
@@ -56,60 +55,14 @@ const F32_TABLE: &str = "pos_embed.pos_embed";
 /// nothing behind.
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 
-/// Where converted weights are kept.
-///
-/// A component that is published as one safetensors file wholly in BF16 (but for the F32
-/// table of positions) is mapped where it is and never converted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StoreOptions {
-    /// Keep them below this folder and nowhere else.
-    pub directory: Option<PathBuf>,
-    /// Without `directory`: the cache folder to use where `.pyraflow` in the checkpoint's own
-    /// folder cannot be written.
-    pub cache: Option<PathBuf>,
-}
-
-impl Default for StoreOptions {
-    /// In the checkpoint's folder, else in `$XDG_CACHE_HOME`, else in `~/.cache`.
-    fn default() -> Self {
-        // The specification says to ignore relative paths.
-        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
-        let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
-        StoreOptions { directory: None, cache }
-    }
-}
-
-impl StoreOptions {
-    /// Keeps converted weights below `directory` and nowhere else.
-    pub fn below(directory: impl Into<PathBuf>) -> Self {
-        StoreOptions { directory: Some(directory.into()), cache: None }
-    }
-
-    /// The folders to look into and to try to write to, in this order. Folders shared by
-    /// several checkpoints have one below them for each, named after its path.
-    fn folders(&self, checkpoint: &Path) -> Result<Vec<PathBuf>> {
-        let own = || -> Result<String> {
-            let path = fs::canonicalize(checkpoint)
-                .map_err(|e| Error::io("cannot resolve", checkpoint, e))?;
-            Ok(hex(&Sha256::digest(path.as_os_str().as_bytes())[..8]))
-        };
-        match (&self.directory, &self.cache) {
-            (Some(directory), _) => Ok(vec![directory.join(own()?)]),
-            (None, Some(cache)) => {
-                Ok(vec![checkpoint.join(".pyraflow"), cache.join("pyraflow").join(own()?)])
-            }
-            (None, None) => Ok(vec![checkpoint.join(".pyraflow")]),
-        }
-    }
-}
-
 /// What the header says about the file's origin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Record {
     version: u32,
     sources: Vec<SourceFile>,
-    /// Of everything after the header.
-    sha256: String,
+    /// Checksum of everything after the header, against accidents. (Against tampering there
+    /// is none: whoever can write here can write the published files too.)
+    crc32: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -166,14 +119,14 @@ pub(super) fn open(
     }
 
     let size = plan.iter().map(Planned::bytes).sum::<usize>() as u64;
-    let (folder, mut file) = create_in_first(&folders, name, size, source.label())?;
-    write(&source, &plan, sources, file.as_file_mut(), progress)
+    let (folder, mut file) = location::create_in_first(&folders, name, size, source.label())?;
+    write(&source, &plan, sources.clone(), file.as_file_mut(), progress)
         .map_err(|e| e.at(format_args!("{} in bf16", source.label())))?;
     source.check_unchanged()?;
-    let written =
-        ComponentWeights::from_shards(source.label(), vec![open_safetensors(file.path())?])?;
-    written.check_contents()?;
-    drop(written);
+    reopen(file.path(), &source, &plan, &sources)
+        .ok_or_else(|| Error::model("its header does not read back as it was written"))
+        .and_then(|written| written.check_contents())
+        .map_err(|e| e.of_kind(ErrorKind::Io).at(format_args!("{} in bf16", source.label())))?;
     let path = folder.join(&file_name);
     file.persist(&path).map_err(|e| Error::io("cannot rename to", &path, e.error))?;
     // Makes the new name last through a power failure where the file system can.
@@ -191,14 +144,14 @@ impl ComponentWeights {
         for file in self.files() {
             let Some(record) = read_record(file) else { continue };
             file.read_ahead();
-            let mut hash = Sha256::new();
+            let mut hash = Hasher::new();
             let mut at = data_start(file.bytes());
             for chunk in file.bytes()[at..].chunks(4 * CHUNK) {
                 hash.update(chunk);
                 file.release(at..at + chunk.len());
                 at += chunk.len();
             }
-            if hex(&hash.finalize()) != record.sha256 {
+            if hex(hash.finalize()) != record.crc32 {
                 return Err(Error::model(format!("{} is damaged", file.path().display()))
                     .hint("delete it: it is made again from the published files"));
             }
@@ -258,79 +211,6 @@ fn data_start(bytes: &[u8]) -> usize {
     header + size_of::<u64>()
 }
 
-/// Opens a temporary file in the first folder that can be written and has room.
-fn create_in_first<'a>(
-    folders: &'a [PathBuf],
-    name: &str,
-    size: u64,
-    label: &str,
-) -> Result<(&'a Path, NamedTempFile)> {
-    let mut reasons = Vec::new();
-    for folder in folders {
-        match create(folder, name).and_then(|file| require_space(folder, size).map(|()| file)) {
-            Ok(file) => return Ok((folder, file)),
-            Err(error) => reasons.push(error.to_string()),
-        }
-    }
-    Err(Error::new(
-        crate::ErrorKind::Io,
-        format!("cannot store the {label} weights in bf16 ({size} bytes): {}", reasons.join("; ")),
-    )
-    .hint("free some space, or choose another folder for converted weights"))
-}
-
-fn create(folder: &Path, name: &str) -> Result<NamedTempFile> {
-    fs::create_dir_all(folder).map_err(|e| Error::io("cannot create", folder, e))?;
-    let prefix = format!(".{name}.");
-    remove_abandoned(folder, &prefix);
-    let file = tempfile::Builder::new()
-        .prefix(&prefix)
-        .suffix(PARTIAL)
-        // Readable by others who share the checkpoint, as far as the umask allows.
-        .permissions(Permissions::from_mode(0o666))
-        .tempfile_in(folder)
-        .map_err(|e| Error::io("cannot write in", folder, e))?;
-    // Marks the file as being written, for `remove_abandoned`; where locks do not work,
-    // abandoned files simply stay.
-    let _ = file.as_file().lock();
-    Ok(file)
-}
-
-const PARTIAL: &str = ".partial";
-
-/// Deletes what killed processes left behind: partial files that nobody holds a lock on and
-/// nobody has written to for a while.
-fn remove_abandoned(folder: &Path, prefix: &str) {
-    const AGE: Duration = Duration::from_secs(60);
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if !name.starts_with(prefix) || !name.ends_with(PARTIAL) {
-            continue;
-        }
-        let age = entry.metadata().ok().and_then(|m| m.modified().ok()?.elapsed().ok());
-        let old = age.is_some_and(|age| age > AGE);
-        if old && File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok()) {
-            let _ = fs::remove_file(entry.path());
-        }
-    }
-}
-
-fn require_space(folder: &Path, size: u64) -> Result<()> {
-    let space = rustix::fs::statvfs(folder)
-        .map_err(|e| Error::io("cannot ask for the free space of", folder, e.into()))?;
-    let free = space.f_bavail.saturating_mul(space.f_frsize);
-    // The header and the file system's own needs are small beside this margin.
-    const MARGIN: u64 = 16 << 20;
-    if size.saturating_add(MARGIN) > free {
-        return Err(Error::new(
-            crate::ErrorKind::Io,
-            format!("{} has {free} bytes free, {size} are needed", folder.display()),
-        ));
-    }
-    Ok(())
-}
-
 /// Writes header and tensors; holds one chunk in memory.
 fn write(
     source: &ComponentWeights,
@@ -339,14 +219,13 @@ fn write(
     file: &mut File,
     progress: Progress<'_>,
 ) -> Result<()> {
-    let failed =
-        |e| Error::new(crate::ErrorKind::Io, "cannot write the converted weights").because(e);
+    let failed = |e| Error::new(ErrorKind::Io, "cannot write the converted weights").because(e);
     // The checksum is known last but its length is, so the header is written twice.
-    let mut record = Record { version: VERSION, sources, sha256: "0".repeat(64) };
+    let mut record = Record { version: VERSION, sources, crc32: hex(0) };
     file.write_all(&header(plan, &record)?).map_err(failed)?;
     let total = plan.iter().map(Planned::bytes).sum::<usize>() as u64;
     let mut done = 0u64;
-    let mut hash = Sha256::new();
+    let mut hash = Hasher::new();
     let (mut floats, mut bytes) = (Vec::new(), Vec::new());
     progress(0, total)?;
     for tensor in plan {
@@ -360,7 +239,7 @@ fn write(
         }
         source.release(tensor.name);
     }
-    record.sha256 = hex(&hash.finalize());
+    record.crc32 = hex(hash.finalize());
     file.seek(SeekFrom::Start(0)).map_err(failed)?;
     file.write_all(&header(plan, &record)?).map_err(failed)?;
     file.sync_all().map_err(failed)
@@ -415,12 +294,9 @@ fn header(plan: &[Planned<'_>], record: &Record) -> Result<Vec<u8>> {
     Ok(header)
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+/// Always eight digits, so that the header's length does not depend on the checksum.
+fn hex(checksum: u32) -> String {
+    format!("{checksum:08x}")
 }
 
 #[cfg(test)]
@@ -459,41 +335,5 @@ mod tests {
         }
         // A NaN whose payload lies in the lower half must not turn into an infinity.
         assert!(bf16::from_bits(bits[cases.len()]).is_nan());
-    }
-
-    #[test]
-    fn a_full_disk_is_noticed_before_writing() {
-        let dir = tempfile::tempdir().unwrap();
-        assert!(require_space(dir.path(), 1).is_ok());
-        let folders = [dir.path().to_path_buf()];
-        let error = create_in_first(&folders, "vae", u64::MAX / 2, "VAE").unwrap_err();
-        assert_eq!(error.kind(), crate::ErrorKind::Io);
-        assert!(error.to_string().contains(&(u64::MAX / 2).to_string()), "{error}");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the temporary file is gone");
-    }
-
-    #[test]
-    fn only_abandoned_partial_files_are_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let make = |name: &str, age: u64| {
-            let file = File::create(dir.path().join(name)).unwrap();
-            file.set_modified(std::time::SystemTime::now() - Duration::from_secs(age)).unwrap();
-            file
-        };
-        let live = make(".vae.live.partial", 1000);
-        live.lock().unwrap();
-        make(".vae.dead.partial", 1000);
-        make(".vae.young.partial", 0);
-        make(".t5.dead.partial", 1000);
-        make("vae.safetensors", 1000);
-        remove_abandoned(dir.path(), ".vae.");
-        let mut left: Vec<_> = fs::read_dir(dir.path())
-            .unwrap()
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .collect();
-        left.sort();
-        let expected =
-            [".t5.dead.partial", ".vae.live.partial", ".vae.young.partial", "vae.safetensors"];
-        assert_eq!(left, expected);
     }
 }
