@@ -14,11 +14,12 @@ use super::{CLIP_LENGTH, Tokens};
 use crate::{Error, Result};
 
 /// What a cleaned text is cut into: the two marks, the endings of English contractions,
-/// runs of letters, single digits, runs of anything else.
+/// runs of letters, single digits, runs of anything else. (U+0345 is nothing: the lower
+/// case of a letter without being one, it is skipped by the published expression.)
 static WORD: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(
         r"(?x) (?i: <\|startoftext\|> | <\|endoftext\|> | 's | 't | 're | 've | 'm | 'll | 'd )
-        | \p{L}+ | \p{N} | [^\s\p{L}\p{N}]+",
+        | \p{L}+ | \p{N} | [^\s\p{L}\p{N}\x{345}]+",
     )
     .expect("a constant pattern")
 });
