@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::bpe::Bpe;
 use super::files::Folder;
 use super::repair::fix_text;
-use super::{CLIP_LENGTH, Tokens};
+use super::{CLIP_LENGTH, Tokens, rest_from};
 use crate::{Error, Result};
 
 /// What a cleaned text is cut into: the two marks, the endings of English contractions,
@@ -163,7 +163,7 @@ impl ClipTokenizer {
             let mut at = word.start();
             for piece in self.bpe.encode(word.as_str()) {
                 if is_full(ids) {
-                    return Some(clean[clean.floor_char_boundary(at)..].to_owned());
+                    return Some(rest_from(&clean, at).to_owned());
                 }
                 ids.push(piece.id.unwrap_or(self.unknown));
                 at += piece.bytes;
