@@ -3,6 +3,7 @@
 mod common;
 
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -44,6 +45,8 @@ impl Tokenizers {
     }
 }
 
+static GOLDEN: LazyLock<Tokenizers> = LazyLock::new(|| Tokenizers::load(&common::goldens()));
+
 /// The ids that tokens.json has for a tokenizer: its own, or those it agrees with.
 fn expected(entry: &Value, name: &str) -> Vec<u32> {
     let other = if name.starts_with("t5") { "t5" } else { "clip_l" };
@@ -60,11 +63,9 @@ fn entries(folder: &Path) -> Vec<Value> {
 
 #[test]
 fn golden_ids_are_equal_with_their_padding() {
-    let folder = common::goldens();
-    let tokenizers = Tokenizers::load(&folder);
-    for entry in entries(&folder) {
+    for entry in entries(&common::goldens()) {
         let prompt = entry["prompt"].as_str().unwrap();
-        for (name, tokens) in tokenizers.encode(prompt) {
+        for (name, tokens) in GOLDEN.encode(prompt) {
             assert_eq!(tokens.ids, expected(&entry, name), "{name} of {prompt:?}");
             if name == "t5" {
                 let mask: Vec<u32> = (0..T5_LENGTH).map(|i| u32::from(i < tokens.len)).collect();
@@ -113,31 +114,29 @@ fn check_form(name: &str, tokens: &Tokens) {
 
 #[test]
 fn what_is_cut_off_is_shown() {
-    let tokenizers = Tokenizers::load(&common::goldens());
-    let prompt = format!("{} The END.", "word ".repeat(200));
-    for (name, tokens) in tokenizers.encode(&prompt) {
+    let prompt = format!("{}The END.", "a ".repeat(200));
+    for (name, tokens) in GOLDEN.encode(&prompt) {
         check_form(name, &tokens);
         let lost = tokens.lost.expect(name);
-        assert!(lost.to_lowercase().ends_with("word the end."), "{name}: {lost:?}");
-        assert!(lost.len() < prompt.len() && !lost.starts_with(' '), "{name}: {lost:?}");
-        // What was kept and what was lost are the whole: the lost part alone gives as many
-        // tokens as the whole prompt has beyond the kept ones, so it is cut off again.
-        let kept = &prompt[..prompt.len() - lost.len()];
-        let again = tokenizers.encode(kept).into_iter().find(|(n, _)| *n == name).unwrap().1;
-        assert_eq!((again.lost, &again.ids), (None, &tokens.ids), "{name}: kept {kept:?}");
+        assert!(lost.to_lowercase().ends_with(" a the end."), "{name}: {lost:?}");
+        // What is left of the prompt gives the same ids, and nothing of it is lost.
+        let kept = prompt.len() - lost.len();
+        assert_eq!(encode_as(name, &prompt[..kept]), Tokens { lost: None, ..tokens }, "{name}");
     }
-    for (name, tokens) in tokenizers.encode("a fox") {
+    for (name, tokens) in GOLDEN.encode("a fox") {
         assert_eq!(tokens.lost, None, "{name}");
     }
 }
 
+fn encode_as(name: &str, prompt: &str) -> Tokens {
+    GOLDEN.encode(prompt).into_iter().find(|(n, _)| *n == name).unwrap().1
+}
+
 #[test]
 fn hostile_prompts_are_encoded_in_little_time() {
-    let tokenizers = Tokenizers::load(&common::goldens());
     let megabyte = 1 << 20;
     let prompts = [
         "\0".to_owned(),
-        "a\0b".to_owned(),
         "word ".repeat(megabyte / 5),
         "a".repeat(megabyte),
         "!".repeat(megabyte),
@@ -148,17 +147,17 @@ fn hostile_prompts_are_encoded_in_little_time() {
         "Ã".repeat(megabyte / 2),
         "â€™".repeat(megabyte / 8),
         "&amp;".repeat(megabyte / 5),
-        "&amp".repeat(megabyte / 4),
+        format!("&{}", "amp;".repeat(megabyte / 4)),
         "雪".repeat(megabyte / 3),
         "<|endoftext|>".repeat(megabyte / 13),
     ];
     for prompt in prompts {
         let start = Instant::now();
-        for (name, tokens) in tokenizers.encode(&prompt) {
-            check_form(name, &tokens);
-        }
+        check_form("clip_g", &GOLDEN.clip_g.encode(&prompt));
+        check_form("t5", &GOLDEN.t5.encode(&prompt).unwrap());
+        // It takes well under a second each; work that grows with the square of the
+        // length would take hours.
         let (taken, shown) = (start.elapsed(), prompt.chars().take(6).collect::<String>());
-        println!("{shown:?} five times in {taken:?}");
         assert!(taken < Duration::from_secs(60), "{shown:?} took {taken:?}");
     }
 }
@@ -184,19 +183,15 @@ fn unusable_folders_are_model_errors() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_text_has_ids(prompts in prop::collection::vec("\\PC{0,80}|[\\x00-\\u{10FFFF}]{0,200}", 8)) {
-        let tokenizers = Tokenizers::load(&common::goldens());
-        for prompt in prompts {
-            for (name, tokens) in tokenizers.encode(&prompt) {
-                check_form(name, &tokens);
-                let end = tokens.ids[tokens.len - 1];
-                let empty = if name.starts_with("t5") { 0 } else { 1 };
-                let closed = tokenizers.encode("").into_iter().find(|(n, _)| *n == name).unwrap().1;
-                prop_assert_eq!(end, closed.ids[empty], "{} of {:?} has no end mark", name, prompt);
-            }
+    fn any_text_has_ids(prompt in "\\PC{0,80}|[\\x00-\\u{10FFFF}]{0,200}|[ -ÿ€™“”<|>&;!]{0,200}") {
+        for (name, tokens) in GOLDEN.encode(&prompt) {
+            check_form(name, &tokens);
+            let empty = encode_as(name, "");
+            let (end, expected) = (tokens.ids[tokens.len - 1], empty.ids[empty.len - 1]);
+            prop_assert_eq!(end, expected, "{} of {:?} has no end mark", name, prompt);
         }
     }
 }

@@ -50,12 +50,8 @@ impl Bpe {
             .checked_add(1)
             .filter(|&first| first < u32::MAX / 2)
             .ok_or_else(|| Error::model(format!("vocab.json has a token id of {largest}")))?;
-        let mut bpe = Bpe {
-            symbols: vocabulary,
-            unknown_from,
-            bytes: [[0; 256]; 2],
-            merges: HashMap::new(),
-        };
+        let mut bpe =
+            Bpe { symbols: vocabulary, unknown_from, bytes: [[0; 256]; 2], merges: HashMap::new() };
         for byte in 0..=255 {
             let char = byte_char(byte);
             bpe.bytes[0][usize::from(byte)] = bpe.intern(char.to_string());
@@ -66,7 +62,9 @@ impl Bpe {
             let (Some(first), Some(second), None) = (parts.next(), parts.next(), parts.next())
             else {
                 let number = rank + 2;
-                return Err(Error::model(format!("line {number} of merges.txt is not two symbols")));
+                return Err(Error::model(format!(
+                    "line {number} of merges.txt is not two symbols"
+                )));
             };
             let result = bpe.intern(format!("{first}{second}"));
             let pair = (bpe.intern(first.to_owned()), bpe.intern(second.to_owned()));
@@ -95,8 +93,9 @@ impl Bpe {
     /// rank is merged wherever it stands, from left to right, until none is left.
     pub fn encode(&self, word: &str) -> Vec<Piece> {
         let mut chain = Chain::new(self, word.as_bytes());
-        let mut queue: BinaryHeap<Reverse<(u32, usize)>> =
-            (0..word.len()).filter_map(|at| Some(Reverse((chain.merge_at(at)?.rank, at)))).collect();
+        let mut queue: BinaryHeap<Reverse<(u32, usize)>> = (0..word.len())
+            .filter_map(|at| Some(Reverse((chain.merge_at(at)?.rank, at))))
+            .collect();
         let mut created = Vec::new();
         while let Some(&Reverse((rank, _))) = queue.peek() {
             // One round: pairs that it creates have to wait for the next.

@@ -10,15 +10,16 @@ use serde::Deserialize;
 use super::bpe::Bpe;
 use super::files::Folder;
 use super::repair::fix_text;
-use super::{CLIP_LENGTH, Tokens};
+use super::{CLIP_LENGTH, Tokens, rest_from};
 use crate::{Error, Result};
 
 /// What a cleaned text is cut into: the two marks, the endings of English contractions,
-/// runs of letters, single digits, runs of anything else.
+/// runs of letters, single digits, runs of anything else. (U+0345 is nothing: the lower
+/// case of a letter without being one, it is skipped by the published expression.)
 static WORD: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(
         r"(?x) (?i: <\|startoftext\|> | <\|endoftext\|> | 's | 't | 're | 've | 'm | 'll | 'd )
-        | \p{L}+ | \p{N} | [^\s\p{L}\p{N}]+",
+        | \p{L}+ | \p{N} | [^\s\p{L}\p{N}\x{345}]+",
     )
     .expect("a constant pattern")
 });
@@ -162,7 +163,7 @@ impl ClipTokenizer {
             let mut at = word.start();
             for piece in self.bpe.encode(word.as_str()) {
                 if is_full(ids) {
-                    return Some(clean[clean.floor_char_boundary(at)..].to_owned());
+                    return Some(rest_from(&clean, at).to_owned());
                 }
                 ids.push(piece.id.unwrap_or(self.unknown));
                 at += piece.bytes;

@@ -43,3 +43,8 @@ impl Tokens {
         Tokens { ids, len, lost }
     }
 }
+
+/// The end of a text from the character on that the byte at `at` is part of.
+fn rest_from(text: &str, at: usize) -> &str {
+    (0..=at).rev().find_map(|start| text.get(start..)).unwrap_or_default()
+}

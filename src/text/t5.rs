@@ -5,7 +5,7 @@ use std::path::Path;
 use tokenizers::Tokenizer;
 
 use super::files::Folder;
-use super::{T5_LENGTH, Tokens};
+use super::{T5_LENGTH, Tokens, rest_from};
 use crate::{Error, Result};
 
 /// Turns prompts into the ids of T5: everything is as tokenizer.json says.
@@ -59,10 +59,8 @@ impl T5Tokenizer {
         let mut ids = encoding.get_ids().to_vec();
         let room = T5_LENGTH - 1;
         // A token's place in the prompt is where its first byte is.
-        let lost = encoding.get_offsets().get(room).and_then(|&(start, _)| {
-            let start = prompt.floor_char_boundary(start.min(prompt.len()));
-            Some(prompt.get(start..)?.trim_start().to_owned())
-        });
+        let first_lost = encoding.get_offsets().get(room);
+        let lost = first_lost.map(|&(start, _)| rest_from(prompt, start).trim_start().to_owned());
         ids.truncate(room);
         Ok(Tokens::closed(ids, self.end, self.pad, T5_LENGTH, lost))
     }

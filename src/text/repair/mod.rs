@@ -166,6 +166,7 @@ mod tests {
             ("â€œlostâ€\u{fffd}", "\"lost\u{fffd}"),
             ("東京 itâ€™s", "東京 it's"),
             ("\u{ed}\u{a0}\u{bd}\u{ed}\u{b8}\u{8d}", "😍"),
+            ("nul \u{c0}\u{80} Ã©", "nul  é"),
             ("caf\u{e9}\u{85}", "café…"),
             // These mean what they say.
             ("Ångström über São Paulo", "Ångström über São Paulo"),

@@ -43,7 +43,7 @@ static LOSSY: LazyLock<Regex> = LazyLock::new(|| {
 
 /// Surrogate pairs written as two three-byte sequences, and Java's two-byte NUL.
 static UTF8_VARIANTS: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"(?-u)\xed([\xa0-\xaf])([\x80-\xbf])\xed([\xb0-\xbf])([\x80-\xbf])|\xc0\x80")
+    Regex::new(r"(?-u)\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]|\xc0\x80")
         .expect("a constant pattern")
 });
 
@@ -105,14 +105,14 @@ fn restore_a0(bytes: &[u8]) -> Vec<u8> {
 
 /// The standard UTF-8 of a match of [`UTF8_VARIANTS`].
 fn standard_sequence(found: &Captures) -> Vec<u8> {
-    let Some(parts) = found.get(1).and(Some([1, 2, 3, 4].map(|group| u32::from(found[group][0]))))
-    else {
+    let &[_, a, b, _, c, d] = &found[0] else {
         return vec![0];
     };
-    let [a, b, c, d] = parts;
-    let code = 0x10000 + ((a & 0x0f) << 16 | (b & 0x3f) << 10 | (c & 0x0f) << 6 | (d & 0x3f));
-    let char = char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER);
-    char.to_string().into_bytes()
+    // Of each surrogate's 16 bits the lower 10 count.
+    let bits = |byte: u8, mask: u8, shift: u32| u32::from(byte & mask) << shift;
+    let code =
+        0x10000 + (bits(a, 0x0f, 16) | bits(b, 0x3f, 10) | bits(c, 0x0f, 6) | bits(d, 0x3f, 0));
+    char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER).to_string().into_bytes()
 }
 
 /// Which characters can be which byte of a misread UTF-8 sequence.
@@ -166,8 +166,7 @@ fn run_length(text: &str) -> usize {
     loop {
         let mut chars = text[run..].chars();
         let lead = chars.next();
-        let Some(extra) =
-            ROLES.leads.iter().position(|set| lead.is_some_and(|c| set.contains(&c)))
+        let Some(extra) = ROLES.leads.iter().position(|set| lead.is_some_and(|c| set.contains(&c)))
         else {
             return run;
         };
