@@ -9,8 +9,9 @@ use std::path::Path;
 
 use ::image::metadata::Orientation;
 use ::image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 
 use super::Frame;
 use crate::{Error, ErrorKind, Result};
@@ -203,11 +204,14 @@ fn scale(image: &RgbImage, width: u32, height: u32, options: &ResizeOptions) -> 
     let failed = |e: &dyn std::fmt::Display| {
         Error::input(format!("cannot resize the image to {width}x{height}: {e}"))
     };
-    let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3)
+    // The typed interface: the other one compiles this for every kind of pixel.
+    let source = TypedImageRef::<U8x3>::from_buffer(image.width(), image.height(), image.as_raw())
         .map_err(|e| failed(&e))?;
-    let mut target = Image::new(width, height, PixelType::U8x3);
-    Resizer::new().resize(&source, &mut target, options).map_err(|e| failed(&e))?;
-    Frame::new(width, height, target.into_vec())
+    let mut data = vec![0; width as usize * height as usize * 3];
+    let mut target =
+        TypedImage::<U8x3>::from_buffer(width, height, &mut data).map_err(|e| failed(&e))?;
+    Resizer::new().resize_typed(&source, &mut target, options).map_err(|e| failed(&e))?;
+    Frame::new(width, height, data)
 }
 
 /// Puts `inner` into the middle of a black frame.
