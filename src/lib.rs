@@ -9,6 +9,7 @@ pub mod exec;
 pub mod graph;
 pub mod media;
 pub mod models;
+pub mod pipeline;
 pub mod sampler;
 pub mod tensor;
 pub mod text;

@@ -9,7 +9,7 @@ use crate::checkpoint::VaeConfig;
 use crate::exec::{Backend, GraphId, Session};
 use crate::media::Frame;
 use crate::models::vae::{FACTOR, Window, record_decoder, record_encoder};
-use crate::sampler::{Latent, LatentShape};
+use crate::sampler::Latent;
 use crate::tensor::WeightSource;
 use crate::{Error, Result};
 
@@ -150,9 +150,4 @@ pub fn frame_of(video: &Volume, index: usize) -> Result<Frame> {
     }
     let data = values.iter().map(|v| (v * 127.5 + 127.5).clamp(0.0, 255.0) as u8).collect();
     Frame::new(video.width as u32, video.height as u32, data)
-}
-
-/// Moments of one image as the sampler takes them.
-pub fn moments_shape(moments: &Volume) -> LatentShape {
-    LatentShape::frame(moments.height, moments.width)
 }

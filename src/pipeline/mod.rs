@@ -1,0 +1,321 @@
+//! The way through: request → text → sampler → decoder → media. The library's front door.
+//!
+//! ```no_run
+//! use pyraflow::checkpoint::{Checkpoint, StoreOptions};
+//! use pyraflow::exec::Cpu;
+//! use pyraflow::pipeline::{Output, Pipeline, Quiet, Request};
+//!
+//! # fn main() -> pyraflow::Result<()> {
+//! let checkpoint = Checkpoint::open("pyramid-flow-sd3".as_ref(), Some("384p"))?;
+//! let pipeline =
+//!     Pipeline::open(checkpoint, Box::new(Cpu::new()), &StoreOptions::default(), &mut Quiet)?;
+//! let mut request = Request::new(pipeline.checkpoint(), "a fox runs through snow", None);
+//! request.seed = 7;
+//! pipeline.generate(&request, &Output::to("fox.mp4".as_ref())?, &mut Quiet)?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod generate;
+mod plan;
+mod progress;
+mod prompts;
+mod request;
+mod saved;
+mod tiles;
+mod transformer;
+mod vae;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub use generate::{Output, Timings};
+pub use plan::{Networks, PhasePlan, available_memory, plan};
+pub use progress::{Event, Phase, Quiet, Reporter};
+pub use prompts::{EncodedPrompt, PromptTokens, Tokenizers};
+pub use request::{
+    FRAME_RATE, FirstImage, Request, SIZE_MULTIPLE, Tiling, units_of_frames, units_of_seconds,
+};
+pub use saved::SavedRun;
+pub use tiles::Volume;
+pub use transformer::{Transformer, geometry, modulation_layout, record_step};
+pub use vae::{Vae, frame_of, pixels_of};
+
+use crate::checkpoint::{Checkpoint, Component, ComponentWeights, StoreOptions};
+use crate::exec::Backend;
+use crate::models::{ExpectedWeight, clip, t5, vae as vae_model};
+use crate::sampler::{
+    Latent, LatentScaling, LatentShape, NoiseSource, Observer, StageGeometry, sample,
+    sample_posterior,
+};
+use crate::tensor::WeightSource;
+use crate::{Error, Result};
+
+/// The mapped and checked weights of all components.
+pub struct Weights {
+    components: HashMap<Component, Arc<ComponentWeights>>,
+}
+
+impl Weights {
+    /// Maps the weights of every component of `checkpoint`, converting them first where
+    /// needed, and checks that exactly the expected tensors are there.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Model`] listing what is missing, unexpected or wrongly shaped.
+    fn open(
+        checkpoint: &Checkpoint,
+        store: &StoreOptions,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Weights> {
+        let mut components = HashMap::new();
+        for &component in checkpoint.family().components() {
+            let mut progress = |done, total| {
+                let detail = component.to_string();
+                reporter.event(&Event::Progress { phase: Phase::Loading, done, total, detail });
+                stop_if_cancelled(reporter)
+            };
+            let weights = checkpoint.open_weights(component, store, &mut progress)?;
+            weights.verify(&expected_weights(checkpoint, component)?)?;
+            components.insert(component, Arc::new(weights));
+        }
+        Ok(Weights { components })
+    }
+
+    /// The weights of `component`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Model`] if the family has no such component.
+    pub fn get(&self, component: Component) -> Result<Arc<dyn WeightSource>> {
+        match self.components.get(&component) {
+            Some(weights) => Ok(weights.clone()),
+            None => Err(Error::model(format!("the checkpoint has no {component}"))),
+        }
+    }
+}
+
+fn expected_weights(checkpoint: &Checkpoint, component: Component) -> Result<Vec<ExpectedWeight>> {
+    match component {
+        Component::Transformer => transformer::expected_weights(checkpoint.transformer()),
+        Component::Vae => vae_model::expected_weights(checkpoint.vae()?),
+        Component::ClipL => clip::expected_weights(checkpoint.clip_l()?),
+        Component::ClipG => clip::expected_weights(checkpoint.clip_g()?),
+        Component::T5 => t5::expected_weights(checkpoint.t5()?),
+    }
+}
+
+fn stop_if_cancelled(reporter: &dyn Reporter) -> Result<()> {
+    if reporter.cancelled() { Err(Error::interrupted("stopped")) } else { Ok(()) }
+}
+
+/// A checkpoint ready to generate videos on a backend.
+pub struct Pipeline {
+    checkpoint: Checkpoint,
+    backend: Box<dyn Backend>,
+    weights: Weights,
+    tokenizers: Tokenizers,
+    loading_seconds: f64,
+}
+
+impl Pipeline {
+    /// Maps and checks the whole checkpoint.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Model`] when any part of it is missing, damaged or of another
+    /// model; [`crate::ErrorKind::Io`] when converted weights cannot be written.
+    pub fn open(
+        checkpoint: Checkpoint,
+        backend: Box<dyn Backend>,
+        store: &StoreOptions,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Pipeline> {
+        let start = Instant::now();
+        checkpoint.require_complete()?;
+        let tokenizers = Tokenizers::open(&checkpoint)?;
+        let weights = Weights::open(&checkpoint, store, reporter)?;
+        let loading_seconds = start.elapsed().as_secs_f64();
+        reporter.event(&Event::Finished { phase: Phase::Loading, seconds: loading_seconds });
+        Ok(Pipeline { checkpoint, backend, weights, tokenizers, loading_seconds })
+    }
+
+    /// The checkpoint.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// The scale and shift between the VAE's latents and the sampler's.
+    pub fn latent_scaling(&self) -> LatentScaling {
+        match self.checkpoint.family() {
+            crate::checkpoint::Family::Sd3 => LatentScaling::SD3,
+            crate::checkpoint::Family::Miniflux => LatentScaling::MINIFLUX,
+        }
+    }
+
+    /// Token ids of the prompts the run needs: negative and positive, or the positive one
+    /// alone without guidance.
+    ///
+    /// # Errors
+    /// As [`Tokenizers::encode`].
+    pub fn tokenize(&self, request: &Request) -> Result<Vec<PromptTokens>> {
+        let positive = self.tokenizers.encode(&request.full_prompt())?;
+        if request.guidance > 0.0 {
+            Ok(vec![self.tokenizers.encode(&request.negative)?, positive])
+        } else {
+            Ok(vec![positive])
+        }
+    }
+
+    /// Encodes prompts.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn encode_prompts(
+        &self,
+        prompts: &[PromptTokens],
+        reporter: &mut dyn Reporter,
+    ) -> Result<Vec<EncodedPrompt>> {
+        prompts::encode(&*self.backend, &self.checkpoint, &self.weights, prompts, |done, total| {
+            reporter.event(&Event::Progress {
+                phase: Phase::Text,
+                done: done as u64,
+                total: total as u64,
+                detail: format!("encoder {done}/{total}"),
+            });
+            stop_if_cancelled(reporter)
+        })
+    }
+
+    /// Opens the VAE.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn vae(&self) -> Result<Vae<'_>> {
+        Vae::new(&*self.backend, self.checkpoint.vae()?, self.weights.get(Component::Vae)?)
+    }
+
+    /// Encodes the first image (of the size of the video, −1 … 1) to the latent of unit 0:
+    /// a sample of the posterior, scaled as the transformer expects it.
+    ///
+    /// # Errors
+    /// Those of the backend and of the noise.
+    pub fn encode_image(
+        &self,
+        image: &Volume,
+        tiling: Option<Tiling>,
+        noise: &mut dyn NoiseSource,
+    ) -> Result<Latent> {
+        let moments = self.vae()?.encode(image, tiling)?;
+        let shape = LatentShape::frame(moments.height, moments.width);
+        let mut latent = sample_posterior(&moments.data, &noise.posterior(shape)?)?;
+        self.latent_scaling().image_from_vae(&mut latent);
+        Ok(latent)
+    }
+
+    /// Samples the latents of `request`, going on after the units in `finished` (the first
+    /// image's latent among them). Finished units are saved to `saved`, if given.
+    ///
+    /// # Errors
+    /// Those of [`sample`].
+    pub fn sample(
+        &self,
+        request: &Request,
+        prompts: &[EncodedPrompt],
+        finished: Vec<Latent>,
+        noise: &mut dyn NoiseSource,
+        saved: Option<&SavedRun>,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Vec<Latent>> {
+        let (settings, _) = request.resolve()?;
+        let session = self.backend.open(self.weights.get(Component::Transformer)?)?;
+        let dtype = self.backend.activations();
+        let config = self.checkpoint.transformer();
+        let mut watch = Watch::new(&settings, finished.len(), prompts, saved, reporter)?;
+        let mut denoiser = Transformer::new(config, session, dtype, prompts, &settings)?;
+        sample(&settings, finished, &mut denoiser, noise, &mut watch)
+    }
+
+    /// Decodes sampled latents and gives the frames in order to `frames`.
+    ///
+    /// # Errors
+    /// Those of the backend and of `frames`.
+    pub fn decode(
+        &self,
+        latents: &[Latent],
+        tiling: Option<Tiling>,
+        frames: impl FnMut(&Volume) -> Result<()>,
+    ) -> Result<()> {
+        let scaling = self.latent_scaling();
+        let mut unscaled = latents.to_vec();
+        for (i, latent) in unscaled.iter_mut().enumerate() {
+            scaling.to_vae(i, latent);
+        }
+        self.vae()?.decode(&unscaled, tiling, frames)
+    }
+}
+
+/// Watches the sampler: progress, saving, cancelling.
+struct Watch<'a> {
+    reporter: &'a mut dyn Reporter,
+    saved: Option<&'a SavedRun>,
+    text_tokens: Vec<usize>,
+    units: usize,
+    done: u64,
+    total: u64,
+}
+
+impl<'a> Watch<'a> {
+    fn new(
+        settings: &crate::sampler::SamplerRequest,
+        finished: usize,
+        prompts: &[EncodedPrompt],
+        saved: Option<&'a SavedRun>,
+        reporter: &'a mut dyn Reporter,
+    ) -> Result<Watch<'a>> {
+        let text_tokens: Vec<usize> = prompts.iter().map(|p| p.tokens).collect();
+        let mut total = 0;
+        for unit in finished.max(settings.first_unit())..settings.units {
+            for stage in 0..crate::sampler::STAGES {
+                let stage = settings.stage_geometry(unit, stage)?;
+                total += step_cost(&stage, &text_tokens) * stage.timesteps.len() as u64;
+            }
+        }
+        Ok(Watch { reporter, saved, text_tokens, units: settings.units, done: 0, total })
+    }
+}
+
+/// What a step of this stage costs, about: its tokens.
+fn step_cost(stage: &StageGeometry, text_tokens: &[usize]) -> u64 {
+    geometry(stage, text_tokens).rows() as u64
+}
+
+impl Observer for Watch<'_> {
+    fn step_finished(&mut self, stage: &StageGeometry, done: usize) -> Result<()> {
+        self.done += step_cost(stage, &self.text_tokens);
+        let detail = format!(
+            "unit {}/{} stage {}/3 step {done}/{}",
+            stage.unit + 1,
+            self.units,
+            stage.stage + 1,
+            stage.timesteps.len()
+        );
+        let (done, total) = (self.done, self.total);
+        self.reporter.event(&Event::Progress { phase: Phase::Sampling, done, total, detail });
+        Ok(())
+    }
+
+    fn unit_finished(&mut self, unit: usize, latent: &Latent) -> Result<()> {
+        match self.saved {
+            Some(saved) => saved.save(unit, latent),
+            None => Ok(()),
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.reporter.cancelled()
+    }
+}

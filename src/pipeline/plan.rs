@@ -1,0 +1,165 @@
+//! What a run takes, from configurations alone: memory and arithmetic of each phase.
+
+use serde::Serialize;
+
+use super::transformer::{geometry, modulation_layout, record_step};
+use super::Request;
+use crate::checkpoint::{Checkpoint, ClipConfig, Family, T5Config, TransformerConfig, VaeConfig};
+use crate::exec::Backend;
+use crate::graph::Graph;
+use crate::models::dit::StepOutput;
+use crate::models::vae::{Window, record_decoder, record_encoder};
+use crate::models::{clip, t5};
+use crate::sampler::STAGES;
+use crate::text::{CLIP_LENGTH, T5_LENGTH};
+use crate::tensor::DType;
+use crate::Result;
+
+/// The configurations of all networks of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct Networks {
+    /// The text encoders that are pooled.
+    pub clips: Vec<ClipConfig>,
+    /// The text encoder whose tokens are used.
+    pub t5: T5Config,
+    /// The transformer.
+    pub transformer: TransformerConfig,
+    /// The VAE.
+    pub vae: VaeConfig,
+}
+
+impl Networks {
+    /// Those of an opened checkpoint.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Model`] naming a configuration that is missing.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Networks> {
+        let mut clips = vec![checkpoint.clip_l()?.clone()];
+        if checkpoint.family() == Family::Sd3 {
+            clips.push(checkpoint.clip_g()?.clone());
+        }
+        Ok(Networks {
+            clips,
+            t5: checkpoint.t5()?.clone(),
+            transformer: checkpoint.transformer().clone(),
+            vae: checkpoint.vae()?.clone(),
+        })
+    }
+}
+
+/// Memory and arithmetic of one phase of a run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct PhasePlan {
+    /// Which phase, for people.
+    pub name: String,
+    /// Peak of all intermediates, in bytes.
+    pub arena_bytes: u64,
+    /// What the intermediates of the largest graph would take without sharing memory.
+    pub unshared_bytes: u64,
+    /// Inputs, constants and carried frames, in bytes.
+    pub persistent_bytes: u64,
+    /// Weights of the largest network, in bf16.
+    pub weight_bytes: u64,
+    /// Floating-point operations of the whole run, in matrix products.
+    pub flops: u64,
+}
+
+impl PhasePlan {
+    /// Memory besides the weights, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.arena_bytes + self.persistent_bytes
+    }
+
+    /// Takes a graph that runs `times` in this phase into account.
+    fn add(&mut self, graph: &Graph, backend: &dyn Backend, times: usize) {
+        let plan = backend.plan(graph);
+        if plan.arena_bytes() > self.arena_bytes {
+            self.arena_bytes = plan.arena_bytes();
+            self.unshared_bytes = plan.total_bytes();
+        }
+        self.persistent_bytes = self.persistent_bytes.max(plan.persistent_bytes());
+        self.weight_bytes = self.weight_bytes.max(graph.weight_bytes(DType::Bf16.bytes()));
+        self.flops += graph.flops() * times as u64;
+    }
+}
+
+/// Plans every phase of `request` for `backend`, with prompts of full length.
+///
+/// # Errors
+/// [`crate::ErrorKind::Input`] for a request that cannot be generated.
+pub fn plan(
+    networks: &Networks,
+    request: &Request,
+    backend: &dyn Backend,
+) -> Result<Vec<PhasePlan>> {
+    let (settings, _) = request.resolve()?;
+    let dtype = backend.activations();
+    let samples = if request.guidance > 0.0 { 2 } else { 1 };
+
+    let mut text = phase("text");
+    for config in &networks.clips {
+        text.add(&clip::record(config, CLIP_LENGTH, dtype)?, backend, samples);
+    }
+    text.add(&t5::record(&networks.t5, T5_LENGTH, dtype)?, backend, samples);
+
+    let window = |continues, carries| Window {
+        frames: 1,
+        height: settings.height,
+        width: settings.width,
+        continues,
+        carries,
+    };
+    let mut phases = vec![text];
+    if request.image.is_some() {
+        let mut image = phase("image");
+        let pixels = Window::whole(1, request.height as usize, request.width as usize);
+        image.add(&record_encoder(&networks.vae, pixels, dtype)?, backend, 1);
+        phases.push(image);
+    }
+
+    let mut sampling = phase("sampling");
+    let config = &networks.transformer;
+    let text_tokens = vec![T5_LENGTH; samples];
+    let table = modulation_layout(config).record(
+        samples,
+        config.width(),
+        config.pooled_dim(),
+        dtype,
+    )?;
+    let mut steps = 0;
+    for unit in settings.first_unit()..settings.units {
+        for stage in 0..STAGES {
+            let stage = settings.stage_geometry(unit, stage)?;
+            let geometry = geometry(&stage, &text_tokens);
+            let graph = record_step(config, &geometry, StepOutput::EulerStep, dtype)?;
+            sampling.add(&graph, backend, stage.timesteps.len());
+            steps += stage.timesteps.len();
+        }
+    }
+    let step_weights = sampling.weight_bytes;
+    sampling.add(&table, backend, steps.min(3 * (settings.steps[0] + settings.video_steps[0])));
+    sampling.weight_bytes = step_weights + table.weight_bytes(DType::Bf16.bytes());
+    phases.push(sampling);
+
+    let mut decoding = phase("decoding");
+    let carries = settings.units > 1;
+    decoding.add(&record_decoder(&networks.vae, window(false, carries), dtype)?, backend, 1);
+    if carries {
+        let next = record_decoder(&networks.vae, window(true, true), dtype)?;
+        decoding.add(&next, backend, settings.units - 1);
+    }
+    phases.push(decoding);
+    Ok(phases)
+}
+
+fn phase(name: &str) -> PhasePlan {
+    PhasePlan { name: name.to_string(), ..PhasePlan::default() }
+}
+
+/// Memory that processes may still take, in bytes, where the system says so.
+pub fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
