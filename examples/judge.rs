@@ -1,15 +1,16 @@
 //! Says what clips show, and scores them against their labels.
 //!
-//!     judge CLIP.y4m CLIP.npy ...              one JSON line for each clip
+//!     judge CLIP ...                           one JSON line for each clip
 //!     judge --labels LABELS.jsonl [--shuffle]  the same, and a last line with the scores
 //!
-//! A line of labels is `{"file", "shape", "colour", "motion"}`, the file's path relative to
-//! the labels; an `"image"` with it is an image that the first frame is compared with.
+//! A clip is a `.y4m` or `.npy` file or a folder of `.png` images. A line of labels is
+//! `{"file", "shape", "colour", "motion"}`, the file's path relative to the labels; an
+//! `"image"` with it is an image that the first frame is compared with.
 //! `--shuffle` scores against other clips' labels: what a blind guess would get.
 //! `--quiet` leaves out the lines for the clips.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use pyraflow::{Error, Result};
@@ -107,14 +108,9 @@ fn score(labels: &Path, shuffle: bool, quiet: bool) -> Result<()> {
     Ok(())
 }
 
-/// PSNR in dB of a frame and an image file.
-fn psnr(frame: &Frame, path: &PathBuf) -> Result<f64> {
-    let image = image::open(path)
-        .map_err(|e| Error::input(format!("cannot read {}", path.display())).because(e))?
-        .into_rgb8();
-    let (width, height) = (image.width() as usize, image.height() as usize);
-    let image = Frame { width, height, rgb: image.into_raw() };
-    clip::psnr(frame, &image)
+/// PSNR in dB of a frame and an image file; 99 for equal ones.
+fn psnr(frame: &Frame, path: &Path) -> Result<f64> {
+    clip::psnr(frame, &clip::image(path)?)
         .map(|psnr| psnr.min(99.0))
         .ok_or_else(|| Error::input(format!("{} has another size than the clip", path.display())))
 }

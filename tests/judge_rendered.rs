@@ -409,7 +409,16 @@ fn clips_are_read_from_files() -> pyraflow::Result<()> {
     npy.pop();
     assert!(clip::read(&write("short.npy", npy)).is_err(), "a byte is missing");
 
-    for (chroma, at_least) in [("444", 45.0), ("420mpeg2", 28.0)] {
+    let images = folder.path().join("images");
+    std::fs::create_dir(&images).expect("a folder made");
+    for (i, frame) in drawn.iter().enumerate() {
+        let (rgb, side) = (frame.rgb.clone(), SIZE as u32);
+        let image = image::RgbImage::from_raw(side, side, rgb).expect("a whole image");
+        image.save(images.join(format!("clip-{i:05}.png"))).expect("an image written");
+    }
+    assert_eq!(clip::read(&images)?, drawn);
+
+    for (chroma, at_least) in [("444", 45.0), ("420jpeg", 28.0)] {
         let bytes = y4m(&drawn, chroma);
         let read = clip::read(&write("clip.y4m", bytes.clone()))?;
         assert_eq!(read.len(), drawn.len());

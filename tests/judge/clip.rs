@@ -1,4 +1,4 @@
-//! Reads clips: YUV4MPEG2 and NumPy arrays.
+//! Reads clips: numbered images, YUV4MPEG2 and NumPy arrays.
 
 use std::path::Path;
 
@@ -32,23 +32,51 @@ pub fn psnr(a: &Frame, b: &Frame) -> Option<f64> {
     Some(10.0 * (255.0 * 255.0 / mean).log10())
 }
 
-/// Reads a clip by the ending of its name: `.y4m` (4:2:0 or 4:4:4, BT.709, limited range
-/// unless it says full) or `.npy` (bytes, frames × height × width × 3).
+/// Reads a clip: a folder of `.png` images in the order of their names, or by the ending
+/// of its name `.y4m` (4:2:0 or 4:4:4, BT.709, limited range unless it says full) or `.npy`
+/// (bytes, frames × height × width × 3).
 ///
 /// # Errors
 /// When the file cannot be read or is not such a clip, or holds no frame.
 pub fn read(path: &Path) -> Result<Vec<Frame>> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io("cannot read", path, e))?;
+    let bytes = || std::fs::read(path).map_err(|e| Error::io("cannot read", path, e));
+    let at = |e: Error| e.at(path.display());
     let frames = match path.extension().and_then(|e| e.to_str()) {
-        Some("y4m") => y4m(&bytes),
-        Some("npy") => npy(&bytes),
-        _ => Err(Error::input("a clip's name ends in .y4m or .npy")),
-    }
-    .map_err(|e| e.at(path.display()))?;
-    if frames.is_empty() {
-        return Err(Error::input(format!("{}: no frames", path.display())));
+        _ if path.is_dir() => folder(path)?,
+        Some("y4m") => y4m(&bytes()?).map_err(at)?,
+        Some("npy") => npy(&bytes()?).map_err(at)?,
+        _ => return Err(at(bad("a clip is a folder of images or ends in .y4m or .npy"))),
+    };
+    let Some(first) = frames.first() else { return Err(at(bad("no frames"))) };
+    if frames.iter().any(|f| (f.width, f.height) != (first.width, first.height)) {
+        return Err(at(bad("the frames have different sizes")));
     }
     Ok(frames)
+}
+
+/// Reads one image.
+///
+/// # Errors
+/// When the file cannot be read or is not an image.
+pub fn image(path: &Path) -> Result<Frame> {
+    let image = image::open(path)
+        .map_err(|e| Error::input(format!("cannot read {}", path.display())).because(e))?
+        .into_rgb8();
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    Ok(Frame { width, height, rgb: image.into_raw() })
+}
+
+fn folder(path: &Path) -> Result<Vec<Frame>> {
+    let failed = |e| Error::io("cannot read", path, e);
+    let mut images = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(failed)? {
+        let file = entry.map_err(failed)?.path();
+        if file.extension().is_some_and(|e| e == "png") {
+            images.push(file);
+        }
+    }
+    images.sort();
+    images.iter().map(|file| image(file)).collect()
 }
 
 fn bad(message: &str) -> Error {
@@ -137,18 +165,20 @@ impl Planes {
         Frame { width: self.width, height: self.height, rgb }
     }
 
-    /// Chroma at luma pixel (x, y); halved planes are interpolated, their samples lying
-    /// on even columns and between rows, as in H.264.
+    /// Chroma at luma pixel (x, y); samples of halved planes lie amid their four pixels and
+    /// are interpolated.
     fn chroma(&self, plane: &[u8], x: usize, y: usize) -> f32 {
         let (w, h) = (self.chroma_width(), self.chroma_height());
         if !self.halved {
             return f32::from(plane[y * w + x]);
         }
-        let (x0, y0) = (x / 2, y / 2);
-        let x1 = if x % 2 == 0 { x0 } else { (x0 + 1).min(w - 1) };
-        let y1 = if y % 2 == 0 { y0.saturating_sub(1) } else { (y0 + 1).min(h - 1) };
-        let row = |y: usize| f32::from(plane[y * w + x0]) + f32::from(plane[y * w + x1]);
-        (3.0 * row(y0) + row(y1)) / 8.0
+        let nearest_two = |at: usize, count: usize| {
+            let other = if at % 2 == 0 { (at / 2).saturating_sub(1) } else { at / 2 + 1 };
+            [at / 2, other.min(count - 1)]
+        };
+        let ([x0, x1], [y0, y1]) = (nearest_two(x, w), nearest_two(y, h));
+        let row = |y: usize| 3.0 * f32::from(plane[y * w + x0]) + f32::from(plane[y * w + x1]);
+        (3.0 * row(y0) + row(y1)) / 16.0
     }
 }
 
