@@ -250,12 +250,10 @@ fn blocks(pictures: &mut [Picture], random: &mut Random) {
         for block in 0..(SIZE / 8) * (SIZE / 8) {
             let (left, top) = (block % (SIZE / 8) * 8, block / (SIZE / 8) * 8);
             let pixels = || (0..64).map(move |i| (top + i / 8) * SIZE + left + i % 8);
-            for c in 0..3 {
-                let mean = pixels().map(|i| picture[i][c]).sum::<f32>() / 64.0;
-                let shift = 10.0 * random.normal();
-                for i in pixels() {
-                    picture[i][c] = 0.7 * picture[i][c] + 0.3 * mean + shift;
-                }
+            let mean = [0, 1, 2].map(|c| pixels().map(|i| picture[i][c]).sum::<f32>() / 64.0);
+            let shift = [0, 1, 2].map(|_| 10.0 * random.normal());
+            for i in pixels() {
+                picture[i] = [0, 1, 2].map(|c| 0.7 * picture[i][c] + 0.3 * mean[c] + shift[c]);
             }
         }
     }

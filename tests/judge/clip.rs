@@ -173,7 +173,7 @@ impl Planes {
             return f32::from(plane[y * w + x]);
         }
         let nearest_two = |at: usize, count: usize| {
-            let other = if at % 2 == 0 { (at / 2).saturating_sub(1) } else { at / 2 + 1 };
+            let other = if at.is_multiple_of(2) { (at / 2).saturating_sub(1) } else { at / 2 + 1 };
             [at / 2, other.min(count - 1)]
         };
         let ([x0, x1], [y0, y1]) = (nearest_two(x, w), nearest_two(y, h));
