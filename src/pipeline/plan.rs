@@ -4,7 +4,10 @@ use serde::Serialize;
 
 use super::transformer::{geometry, modulation_layout, record_step};
 use super::Request;
-use crate::checkpoint::{Checkpoint, ClipConfig, Family, T5Config, TransformerConfig, VaeConfig};
+use crate::checkpoint::{
+    Checkpoint, ClipActivation, ClipConfig, Family, FluxConfig, MmditConfig, T5Config,
+    TransformerConfig, VaeConfig,
+};
 use crate::exec::Backend;
 use crate::graph::Graph;
 use crate::models::dit::StepOutput;
@@ -44,6 +47,84 @@ impl Networks {
             transformer: checkpoint.transformer().clone(),
             vae: checkpoint.vae()?.clone(),
         })
+    }
+}
+
+/// The sizes of the published checkpoints.
+impl Networks {
+    /// The networks of a published family, without its files.
+    pub fn published(family: Family) -> Networks {
+        let clip_l = ClipConfig {
+            vocab_size: 49408,
+            width: 768,
+            ffn_width: 3072,
+            layers: 12,
+            heads: 12,
+            max_positions: 77,
+            activation: ClipActivation::QuickGelu,
+            norm_eps: 1e-5,
+            projection: None,
+        };
+        let t5 = T5Config {
+            vocab_size: 32128,
+            width: 4096,
+            head_dim: 64,
+            ffn_width: 10240,
+            layers: 24,
+            heads: 64,
+            buckets: 32,
+            max_distance: 128,
+            norm_eps: 1e-6,
+        };
+        let vae = VaeConfig {
+            latent_channels: 16,
+            encoder_channels: [128, 256, 512, 512],
+            encoder_resnets: [2; 4],
+            encoder_groups: 32,
+            decoder_channels: [128, 256, 512, 512],
+            decoder_resnets: [3; 4],
+            decoder_groups: 32,
+        };
+        let (clips, transformer) = match family {
+            Family::Sd3 => {
+                let clip_g = ClipConfig {
+                    width: 1280,
+                    ffn_width: 5120,
+                    layers: 32,
+                    heads: 20,
+                    activation: ClipActivation::Gelu,
+                    projection: Some(1280),
+                    ..clip_l.clone()
+                };
+                let clip_l = ClipConfig { projection: Some(768), ..clip_l };
+                let transformer = MmditConfig {
+                    layers: 24,
+                    heads: 24,
+                    head_dim: 64,
+                    in_channels: 16,
+                    patch_size: 2,
+                    text_dim: 4096,
+                    pooled_dim: 2048,
+                    pos_embed_max_size: 192,
+                };
+                (vec![clip_l, clip_g], TransformerConfig::Mmdit(transformer))
+            }
+            Family::Miniflux => {
+                let transformer = FluxConfig {
+                    layers: 8,
+                    single_layers: 16,
+                    heads: 30,
+                    head_dim: 64,
+                    in_channels: 64,
+                    patch_size: 2,
+                    text_dim: 4096,
+                    pooled_dim: 768,
+                    rope_axes: [16, 24, 24],
+                };
+                (vec![clip_l], TransformerConfig::Flux(transformer))
+            }
+        };
+        Networks { clips, t5, transformer, vae }
     }
 }
 

@@ -85,7 +85,16 @@ pub struct Request {
 impl Request {
     /// The published settings for `checkpoint`, text to video or image to video.
     pub fn new(checkpoint: &Checkpoint, prompt: &str, image: Option<FirstImage>) -> Request {
-        let (family, variant) = (checkpoint.family(), checkpoint.variant());
+        Request::published(checkpoint.family(), checkpoint.variant(), prompt, image)
+    }
+
+    /// The published settings of a model.
+    pub fn published(
+        family: Family,
+        variant: Variant,
+        prompt: &str,
+        image: Option<FirstImage>,
+    ) -> Request {
         let (width, height) = variant.sizes().first().copied().unwrap_or((640, 384));
         let guidance = match (family, variant) {
             (Family::Sd3, Variant::P768) => 9.0,

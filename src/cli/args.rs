@@ -1,0 +1,290 @@
+//! Arguments that `generate` and `plan` share, and what they mean.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::ValueEnum;
+use pyraflow::checkpoint::Variant;
+use pyraflow::media::{Fit, probe_image};
+use pyraflow::pipeline::{FirstImage, Request, Tiling, units_of_frames, units_of_seconds};
+use pyraflow::sampler::LinearGuidance;
+use pyraflow::{Error, Result};
+
+/// What the video should be.
+#[derive(Debug, clap::Args)]
+pub struct VideoArgs {
+    /// What to show
+    pub prompt: Option<OsString>,
+
+    /// Start from this image (PNG, JPEG or WebP)
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+
+    /// How the image is brought to the size of the video
+    #[arg(long, value_enum, default_value = "crop")]
+    pub fit: FitArg,
+
+    /// Length in seconds, a multiple of 1/3 (5 s are 121 frames)
+    #[arg(long, group = "length", value_name = "S", allow_hyphen_values = true)]
+    pub seconds: Option<f64>,
+
+    /// Length in frames, 1 + a multiple of 8
+    #[arg(long, group = "length", value_name = "N")]
+    pub frames: Option<u32>,
+
+    /// Length in latent frames; N of them are 8·(N − 1) + 1 frames
+    #[arg(long, group = "length", value_name = "N")]
+    pub units: Option<usize>,
+
+    /// Size: 384p (640x384), 768p (1280x768) or WxH in multiples of 64 [default: the model's]
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<Size>,
+
+    /// Steps of the three stages for the first frame, or one number for all three
+    #[arg(long, value_name = "A,B,C")]
+    pub steps: Option<Steps>,
+
+    /// Steps of the three stages for the other frames
+    #[arg(long, value_name = "A,B,C")]
+    pub video_steps: Option<Steps>,
+
+    /// Guidance of the first frame; 0 for none at all
+    #[arg(long, value_name = "G", allow_hyphen_values = true)]
+    pub guidance: Option<f32>,
+
+    /// Guidance of the other frames
+    #[arg(long, value_name = "G", allow_hyphen_values = true)]
+    pub video_guidance: Option<f32>,
+
+    /// Guidance that falls from --guidance by ALPHA with every unit, down to MIN
+    #[arg(
+        long,
+        value_name = "ALPHA,MIN",
+        num_args = 0..=1,
+        default_missing_value = "0.5,2",
+        require_equals = true
+    )]
+    pub linear_guidance: Option<Linear>,
+
+    /// What to avoid [default: the published negative prompt]
+    #[arg(long, value_name = "TEXT")]
+    pub negative: Option<OsString>,
+
+    /// Appended to the prompt [default: ", hyper quality, Ultra HD, 8K"]
+    #[arg(long, value_name = "TEXT", conflicts_with = "no_suffix")]
+    pub suffix: Option<OsString>,
+
+    /// Append nothing to the prompt
+    #[arg(long)]
+    pub no_suffix: bool,
+
+    /// Encode and decode in tiles of PX pixels (256 if not said), as the published code
+    /// does; changes the result slightly
+    #[arg(
+        long,
+        value_name = "PX",
+        num_args = 0..=1,
+        default_missing_value = "256",
+        require_equals = true
+    )]
+    pub tile: Option<usize>,
+}
+
+/// See [`Fit`].
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum FitArg {
+    /// Cut off what does not fit, keeping the centre
+    Crop,
+    /// Keep all, with bars
+    Pad,
+    /// Change the aspect ratio
+    Stretch,
+}
+
+impl From<FitArg> for Fit {
+    fn from(fit: FitArg) -> Fit {
+        match fit {
+            FitArg::Crop => Fit::Crop,
+            FitArg::Pad => Fit::Pad,
+            FitArg::Stretch => Fit::Stretch,
+        }
+    }
+}
+
+/// A frame size as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Size {
+    /// That of a published model, in the orientation of the image if there is one.
+    Of(Variant),
+    /// Width and height in pixels.
+    Pixels(u32, u32),
+}
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Size, String> {
+        if let Some(variant @ (Variant::P384 | Variant::P768)) = Variant::from_name(text) {
+            return Ok(Size::Of(variant));
+        }
+        let (width, height) =
+            text.split_once(['x', 'X']).ok_or("expected 384p, 768p or WIDTHxHEIGHT")?;
+        let number = |n: &str| n.parse::<u32>().map_err(|e| format!("{n:?}: {e}"));
+        Ok(Size::Pixels(number(width)?, number(height)?))
+    }
+}
+
+/// Steps of the three stages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Steps(pub [usize; 3]);
+
+impl FromStr for Steps {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Steps, String> {
+        let numbers: Result<Vec<usize>, _> = text.split(',').map(|n| n.trim().parse()).collect();
+        match numbers.map_err(|e| e.to_string())?.as_slice() {
+            &[all] => Ok(Steps([all; 3])),
+            &[a, b, c] => Ok(Steps([a, b, c])),
+            other => Err(format!("expected one number or three, found {}", other.len())),
+        }
+    }
+}
+
+/// Falling guidance.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Linear(pub f32, pub f32);
+
+impl FromStr for Linear {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Linear, String> {
+        let (alpha, min) = text.split_once(',').ok_or("expected ALPHA,MIN")?;
+        let number = |n: &str| n.trim().parse::<f32>().map_err(|e| format!("{n:?}: {e}"));
+        Ok(Linear(number(alpha)?, number(min)?))
+    }
+}
+
+/// Text from the command line.
+fn text(what: &str, value: &OsString) -> Result<String> {
+    value.to_str().map(String::from).ok_or_else(|| {
+        Error::input(format!("{what} is not valid UTF-8"))
+            .hint("check the terminal's encoding, or the file it comes from")
+    })
+}
+
+impl VideoArgs {
+    /// The prompt.
+    pub fn prompt(&self) -> Result<String> {
+        self.prompt.as_ref().map_or(Ok(String::new()), |p| text("the prompt", p))
+    }
+
+    /// The variant that the size names or belongs to, if there is one.
+    pub fn variant_of_size(&self) -> Option<Variant> {
+        match self.size? {
+            Size::Of(variant) => Some(variant),
+            Size::Pixels(width, height) => [Variant::P384, Variant::P768]
+                .into_iter()
+                .find(|v| v.sizes().contains(&(width as usize, height as usize))),
+        }
+    }
+
+    /// The first image, as typed.
+    pub fn first_image(&self) -> Option<FirstImage> {
+        let path = self.image.clone()?;
+        Some(FirstImage { path, fit: self.fit.into() })
+    }
+
+    /// Puts what was typed into `request`, which holds the model's own settings.
+    pub fn apply(&self, request: &mut Request) -> Result<()> {
+        self.apply_size(request)?;
+        if let Some(seconds) = self.seconds {
+            request.units = units_of_seconds(seconds)?;
+        }
+        if let Some(frames) = self.frames {
+            request.units = units_of_frames(frames)?;
+        }
+        request.units = self.units.unwrap_or(request.units);
+        if let Some(Steps(steps)) = self.steps {
+            request.steps = steps;
+        }
+        if let Some(Steps(steps)) = self.video_steps {
+            request.video_steps = steps;
+        }
+        request.guidance = self.guidance.unwrap_or(request.guidance);
+        request.video_guidance = self.video_guidance.unwrap_or(request.video_guidance);
+        request.linear_guidance =
+            self.linear_guidance.map(|Linear(alpha, min)| LinearGuidance { alpha, min });
+        if let Some(negative) = &self.negative {
+            request.negative = text("the negative prompt", negative)?;
+        }
+        if let Some(suffix) = &self.suffix {
+            request.suffix = text("the suffix", suffix)?;
+        }
+        if self.no_suffix {
+            request.suffix.clear();
+        }
+        request.tiling = self.tile.map(Tiling::new).transpose()?;
+        Ok(())
+    }
+
+    fn apply_size(&self, request: &mut Request) -> Result<()> {
+        match self.size {
+            Some(Size::Pixels(width, height)) => {
+                (request.width, request.height) = (width, height);
+                // The size stands, but a bad image is still found before anything is loaded.
+                return self.image.as_deref().map_or(Ok(()), |path| probe_image(path).map(drop));
+            }
+            Some(Size::Of(variant)) => {
+                if let Some(&(width, height)) = variant.sizes().first() {
+                    (request.width, request.height) = (width as u32, height as u32);
+                }
+            }
+            None => {}
+        }
+        // An upright image makes an upright video.
+        if let Some(path) = &self.image {
+            let (width, height) = probe_image(path)?;
+            if height > width {
+                std::mem::swap(&mut request.width, &mut request.height);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The device to run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// The best there is.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Device, String> {
+        match text.split_once(':').map_or((text, None), |(name, n)| (name, Some(n))) {
+            ("auto", None) => Ok(Device::Auto),
+            ("cpu", None) => Ok(Device::Cpu),
+            ("cuda", None) => Ok(Device::Cuda),
+            ("cuda", Some(n)) if n.parse::<u32>().is_ok() => Ok(Device::Cuda),
+            _ => Err("expected auto, cpu, cuda or cuda:N".into()),
+        }
+    }
+}
+
+/// Which variant of the checkpoint in `dir` to open: the one named, else the one the size
+/// belongs to if the checkpoint has it. `None` leaves the choice to [`Checkpoint::open`],
+/// which takes the only one.
+///
+/// [`Checkpoint::open`]: pyraflow::checkpoint::Checkpoint::open
+pub fn choose_variant(dir: &Path, named: Option<&str>, by_size: Option<Variant>) -> Option<String> {
+    let by_size = by_size.filter(|v| Variant::available(dir).contains(v));
+    named.map(String::from).or_else(|| by_size.map(|v| v.name().to_string()))
+}

@@ -1,0 +1,128 @@
+//! `pyraflow generate`.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::path::PathBuf;
+
+use pyraflow::checkpoint::{Checkpoint, StoreOptions};
+use pyraflow::exec::Cpu;
+use pyraflow::media::OutputTarget;
+use pyraflow::pipeline::{Output, Pipeline, Request};
+use pyraflow::{Error, Result};
+
+use super::args::{Device, VideoArgs, choose_variant};
+use super::progress::{Console, Mode};
+
+/// Arguments of `generate`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    video: VideoArgs,
+
+    /// Folder of a checkpoint in the published layout
+    #[arg(long, value_name = "DIR", env = "PYRAFLOW_MODEL")]
+    model: PathBuf,
+
+    /// Which transformer of the checkpoint: 384p, 768p or image [default: by size]
+    #[arg(long, value_name = "NAME")]
+    variant: Option<String>,
+
+    /// Where the video goes: .mp4, .png, .gif, .y4m, or - for y4m on standard output
+    #[arg(short, long, value_name = "FILE", default_value = "video.mp4")]
+    output: PathBuf,
+
+    /// Replace an existing output
+    #[arg(short = 'y', long)]
+    overwrite: bool,
+
+    /// Seed of the noise [default: a random one, which is printed]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+
+    /// Go on with an interrupted run of the same settings
+    #[arg(long)]
+    resume: bool,
+
+    /// Keep the latents of all units in <FILE>.units when the video is complete
+    #[arg(long)]
+    keep_units: bool,
+
+    /// Where to run: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: Device,
+
+    /// CPU threads [default: all]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+
+    /// Folder for weights converted to bf16 [default: .pyraflow in the checkpoint, else the
+    /// user's cache]
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+
+    /// Print events as JSON lines on standard output instead of progress
+    #[arg(long)]
+    json: bool,
+
+    /// Print nothing but errors and warnings
+    #[arg(short, long, conflicts_with = "json")]
+    quiet: bool,
+}
+
+/// Generates a video.
+pub fn run(args: Args) -> Result<()> {
+    if args.device == Device::Cuda {
+        return Err(Error::device("this build of pyraflow runs on the CPU only")
+            .hint("use --device cpu"));
+    }
+    let mut output = Output::to(&args.output)?;
+    if args.json && output.target == OutputTarget::Stdout {
+        return Err(Error::usage("--json and the video cannot both go to standard output"));
+    }
+    (output.overwrite, output.resume) = (args.overwrite, args.resume);
+    output.keep_units = args.keep_units;
+    if let Some(threads) = args.threads {
+        set_threads(threads)?;
+    }
+    let prompt = args.video.prompt()?;
+    if prompt.trim().is_empty() && args.video.image.is_none() {
+        return Err(Error::input("there is no prompt")
+            .hint("say what to show, as in: pyraflow generate \"a fox runs through snow\""));
+    }
+    let by_size = args.video.variant_of_size();
+    let variant = choose_variant(&args.model, args.variant.as_deref(), by_size);
+    let checkpoint = Checkpoint::open(&args.model, variant.as_deref())?;
+    let mut request = Request::new(&checkpoint, &prompt, args.video.first_image());
+    args.video.apply(&mut request)?;
+    request.seed = args.seed.unwrap_or_else(random_seed);
+    // Before the weights are touched: converting them can take minutes.
+    let (_, spec) = request.resolve()?;
+    pyraflow::media::check_target(&output.target, &spec, output.overwrite)?;
+
+    let mode = match (args.json, args.quiet) {
+        (true, _) => Mode::Json,
+        (_, true) => Mode::Quiet,
+        _ => Mode::People,
+    };
+    let mut console = Console::new(mode)?;
+    console.start(&request, &args.output)?;
+    let store = args.store.map_or_else(StoreOptions::default, StoreOptions::below);
+    let pipeline = Pipeline::open(checkpoint, Box::new(Cpu::new()), &store, &mut console)?;
+    let timings = pipeline.generate(&request, &output, &mut console)?;
+    console.done(&args.output, &spec, &timings)
+}
+
+fn set_threads(threads: usize) -> Result<()> {
+    if threads == 0 {
+        return Err(Error::usage("--threads 0: at least one thread is needed"));
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|e| Error::usage(format!("cannot use {threads} threads")).because(e))
+}
+
+/// A seed that differs from run to run: the standard library's hash keys are random.
+fn random_seed() -> u64 {
+    // Short enough to be typed again.
+    RandomState::new().build_hasher().finish() % 1_000_000_000
+}

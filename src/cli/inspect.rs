@@ -1,0 +1,94 @@
+//! `pyraflow inspect`.
+
+use std::path::PathBuf;
+
+use pyraflow::checkpoint::{ComponentSummary, Summary};
+use pyraflow::media::{MediaInfo, inspect};
+use pyraflow::{Error, ErrorKind, Result};
+use serde_json::{Value, json};
+
+/// Arguments of `inspect`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A checkpoint folder, or a video or image made by pyraflow
+    path: PathBuf,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Shows what `path` is.
+pub fn run(args: &Args) -> Result<()> {
+    let metadata = std::fs::metadata(&args.path)
+        .map_err(|e| Error::io("cannot open", &args.path, e).of_kind(ErrorKind::Input))?;
+    if metadata.is_dir() {
+        let summary = Summary::read(&args.path);
+        let text =
+            if args.json { format!("{:#}\n", json!(summary)) } else { checkpoint(&summary) };
+        return super::print(&text);
+    }
+    let info = inspect(&args.path)?;
+    let settings = info.comment.as_deref().map(|comment| {
+        serde_json::from_str(comment).unwrap_or_else(|_| Value::String(comment.to_string()))
+    });
+    super::print(&if args.json {
+        let info = json!({
+            "format": info.format.name(), "width": info.width, "height": info.height,
+            "frames": info.frames, "frame_rate": info.frame_rate(), "settings": settings,
+        });
+        format!("{info:#}\n")
+    } else {
+        media(&info, settings.as_ref())
+    })
+}
+
+fn media(info: &MediaInfo, settings: Option<&Value>) -> String {
+    let MediaInfo { width, height, frames, .. } = info;
+    let mut text = format!("{} {width}x{height}, {frames} frames", info.format.name());
+    if let Some(rate) = info.frame_rate() {
+        text += &format!(" at {rate:.2} per second");
+    }
+    text.push('\n');
+    match settings {
+        None => text += "holds no settings\n",
+        Some(Value::Object(fields)) => {
+            for (name, value) in fields {
+                let value = value.as_str().map_or_else(|| value.to_string(), String::from);
+                text += &format!("{name:>16}  {value}\n");
+            }
+        }
+        Some(other) => text += &format!("{other}\n"),
+    }
+    text
+}
+
+fn checkpoint(summary: &Summary) -> String {
+    let family = summary.family.map_or("unknown".to_string(), |f| f.to_string());
+    let variants: Vec<&str> = summary.variants.iter().map(|v| v.name()).collect();
+    let mut text = format!("{family} checkpoint with {}\n", variants.join(", "));
+    for component in &summary.components {
+        text += &line(component);
+    }
+    for missing in &summary.missing {
+        text += &format!("missing: {missing}\n");
+    }
+    text
+}
+
+fn line(component: &ComponentSummary) -> String {
+    let types: Vec<String> =
+        component.dtypes.iter().map(|(dtype, tensors)| format!("{tensors} {dtype}")).collect();
+    let mut text = format!(
+        "{:<30}{:>6} tensors{:>16} parameters{:>16} bytes  {}\n",
+        component.folder,
+        component.tensors,
+        component.parameters,
+        component.bytes,
+        types.join(", ")
+    );
+    if let Some(problem) = &component.problem {
+        text += &format!("  problem: {problem}\n");
+    }
+    text
+}

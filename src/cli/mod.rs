@@ -1,0 +1,57 @@
+//! One file per subcommand: arguments as typed → validated request → run.
+
+mod args;
+mod generate;
+mod inspect;
+mod plan;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use pyraflow::{Error, ErrorKind, Result};
+
+/// Pyramid Flow video generation: text, or an image and text, to video.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Generate a video from a prompt, or from an image and a prompt.
+    Generate(Box<generate::Args>),
+    /// Show what a run takes in memory and arithmetic, without reading any weights.
+    Plan(Box<plan::Args>),
+    /// Show what a checkpoint folder, a video or an image is and how it was made.
+    Inspect(inspect::Args),
+}
+
+/// Runs the command line and returns the process's exit code.
+pub fn run() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(*args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            if let Some(hint) = error.hint_text() {
+                eprintln!("  hint: {hint}");
+            }
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+/// Writes to standard output; a reader that went away is no reason to panic.
+fn print(text: &str) -> Result<()> {
+    use std::io::Write;
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|e| Error::new(ErrorKind::Io, "cannot write to standard output").because(e))
+}

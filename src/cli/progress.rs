@@ -1,0 +1,158 @@
+//! What a run shows: a bar on a terminal, JSON lines for programs, or nothing.
+
+use std::io::{IsTerminal, stderr};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use pyraflow::media::VideoSpec;
+use pyraflow::pipeline::{Event, Phase, Reporter, Request, Timings};
+use pyraflow::{Error, ErrorKind, Result};
+use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+/// How a run reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// A progress bar if standard error is a terminal, and a summary.
+    People,
+    /// JSON lines on standard output.
+    Json,
+    /// Warnings only.
+    Quiet,
+}
+
+/// Least time between two progress events in JSON.
+const JSON_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Shows events on the console and listens for signals: the first interrupt asks the run to
+/// stop, the second ends the process at once.
+pub struct Console {
+    mode: Mode,
+    bar: ProgressBar,
+    phase: Option<Phase>,
+    interrupted: Arc<AtomicBool>,
+    last_json: Option<Instant>,
+}
+
+impl Console {
+    /// Installs the signal handlers.
+    pub fn new(mode: Mode) -> Result<Console> {
+        let interrupted = Arc::new(AtomicBool::new(false));
+        let code = i32::from(ErrorKind::Interrupted.exit_code());
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the second signal finds the flag set and exits.
+            let armed = Arc::clone(&interrupted);
+            signal_hook::flag::register_conditional_shutdown(signal, code, armed)
+                .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
+                .map_err(|e| Error::new(ErrorKind::Io, "cannot listen for signals").because(e))?;
+        }
+        let shown = mode == Mode::People && stderr().is_terminal();
+        let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let style = ProgressStyle::with_template(
+            "{prefix:>9} {bar:30} {percent:>3} %  {elapsed} elapsed, {eta} left  {msg}",
+        );
+        // The template is a constant; should it be wrong, indicatif's own bar will do.
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        Ok(Console { mode, bar, phase: None, interrupted, last_json: None })
+    }
+
+    /// Says what is about to run.
+    pub fn start(&mut self, request: &Request, output: &Path) -> Result<()> {
+        match self.mode {
+            Mode::Json => json_line(&json!({
+                "event": "start", "seed": request.seed, "width": request.width,
+                "height": request.height, "units": request.units, "output": output,
+            })),
+            Mode::People => {
+                eprintln!("seed {}", request.seed);
+                Ok(())
+            }
+            Mode::Quiet => Ok(()),
+        }
+    }
+
+    /// Says what was written and how long it took.
+    pub fn done(&mut self, output: &Path, spec: &VideoSpec, timings: &Timings) -> Result<()> {
+        self.bar.finish_and_clear();
+        match self.mode {
+            Mode::Json => json_line(&json!({
+                "event": "done", "output": output, "frames": spec.frames, "seconds": timings,
+            })),
+            Mode::People => {
+                let Timings { loading, text, image, sampling, decoding } = timings;
+                let total = loading + text + image + sampling + decoding;
+                eprintln!(
+                    "wrote {}: {} frames of {}x{} in {total:.1} s (loading {loading:.1}, text \
+                     {text:.1}, image {image:.1}, sampling {sampling:.1}, decoding {decoding:.1})",
+                    output.display(),
+                    spec.frames,
+                    spec.width,
+                    spec.height,
+                );
+                Ok(())
+            }
+            Mode::Quiet => Ok(()),
+        }
+    }
+
+    fn json_event(&mut self, event: &Event) {
+        if let Event::Progress { done, total, .. } = event {
+            let now = Instant::now();
+            let recent = self.last_json.is_some_and(|last| now - last < JSON_INTERVAL);
+            if recent && done < total {
+                return;
+            }
+            self.last_json = Some(now);
+        }
+        if json_line(event).is_err() {
+            // The reader is gone: nobody waits for the video either.
+            self.interrupted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn show(&mut self, event: &Event) {
+        match event {
+            Event::Warning { message } => self.bar.suspend(|| eprintln!("warning: {message}")),
+            Event::Progress { phase, done, total, detail } => {
+                if self.phase != Some(*phase) {
+                    self.phase = Some(*phase);
+                    self.bar.reset();
+                    self.bar.set_prefix(phase.to_string());
+                }
+                self.bar.set_length(*total);
+                self.bar.set_position(*done);
+                self.bar.set_message(detail.clone());
+            }
+            Event::Finished { .. } => self.bar.set_message(""),
+        }
+    }
+}
+
+impl Reporter for Console {
+    fn event(&mut self, event: &Event) {
+        match self.mode {
+            Mode::Json => self.json_event(event),
+            Mode::People | Mode::Quiet => self.show(event),
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        // An error message follows; the bar must not be left on its line.
+        self.bar.finish_and_clear();
+    }
+}
+
+fn json_line(value: &impl serde::Serialize) -> Result<()> {
+    let line = serde_json::to_string(value)
+        .map_err(|e| Error::new(ErrorKind::Io, "cannot write an event").because(e))?;
+    super::print(&format!("{line}\n"))
+}
