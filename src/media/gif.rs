@@ -8,8 +8,10 @@ use super::pending::{PendingFile, write_error};
 use super::{Frame, FrameSink, Metadata, VideoSpec};
 use crate::{Error, ErrorKind, Result};
 
-/// How much of a frame the palette search looks at, 1 (all) to 30; 10 is the crate's advice.
-const PALETTE_SPEED: i32 = 10;
+/// Most pixels of a frame that the palette is made from.
+const PALETTE_PIXELS: usize = 1 << 15;
+/// How many of those the quantiser looks at, 1 (all) to 30 (few).
+const PALETTE_SPEED: i32 = 3;
 
 /// Writes one GIF; every frame has its own palette of 256 colours.
 pub(super) struct GifSink {
@@ -44,8 +46,15 @@ impl GifSink {
 impl FrameSink for GifSink {
     fn push(&mut self, frame: &Frame) -> Result<()> {
         let (width, height) = sides(frame.width(), frame.height())?;
-        let mut picture = gif::Frame::from_rgb_speed(width, height, frame.data(), PALETTE_SPEED);
-        picture.delay = delay(self.pushed, &self.spec);
+        let palette = palette_of(frame);
+        let picture = gif::Frame {
+            width,
+            height,
+            delay: delay(self.pushed, &self.spec),
+            buffer: indices(frame, &palette).into(),
+            palette: Some(palette.into_flattened()),
+            ..gif::Frame::default()
+        };
         self.pushed += 1;
         let result = self.encoder.write_frame(&picture);
         result.map_err(|e| gif_error(self.encoder.get_ref().target(), e))
@@ -56,6 +65,37 @@ impl FrameSink for GifSink {
         let file = self.encoder.into_inner().map_err(|e| gif_error(&target, e))?;
         file.commit(self.overwrite)
     }
+}
+
+/// The at most 256 colours that stand for all of a frame: the crate's neural quantiser,
+/// trained on as many pixels as are enough for it.
+fn palette_of(frame: &Frame) -> Vec<[u8; 3]> {
+    let pixels = frame.data().as_chunks::<3>().0;
+    let step = pixels.len().div_ceil(PALETTE_PIXELS);
+    let sample: Vec<u8> = pixels.iter().step_by(step).flatten().copied().collect();
+    let count = (sample.len() / 3) as u16; // PALETTE_PIXELS at most
+    let quantised = gif::Frame::from_rgb_speed(count, 1, &sample, PALETTE_SPEED);
+    quantised.palette.unwrap_or_default().as_chunks().0.to_vec()
+}
+
+/// The nearest colour of the palette for every pixel. It is searched once for each colour of
+/// five bits per channel: a palette of 256 is coarser than that.
+fn indices(frame: &Frame, palette: &[[u8; 3]]) -> Vec<u8> {
+    let mut found: Vec<Option<u8>> = vec![None; 1 << 15];
+    let nearest = |rgb: &[u8; 3]| {
+        let distance = |colour: &[u8; 3]| -> u32 {
+            colour.iter().zip(rgb).map(|(a, b)| u32::from(a.abs_diff(*b)).pow(2)).sum()
+        };
+        let best = (0..palette.len()).min_by_key(|&i| distance(&palette[i]));
+        best.unwrap_or_default() as u8
+    };
+    let pixels = frame.data().as_chunks::<3>().0.iter();
+    pixels
+        .map(|rgb| {
+            let key = rgb.iter().fold(0, |key, &c| key << 5 | usize::from(c >> 3));
+            *found[key].get_or_insert_with(|| nearest(rgb))
+        })
+        .collect()
 }
 
 /// How long frame `index` is shown, in hundredths of a second. GIF has no finer unit, so 24

@@ -44,8 +44,8 @@ impl AvcEncoder {
     pub(super) fn new(spec: &VideoSpec) -> Result<Self> {
         let rate = spec.fps_num as f32 / spec.fps_den as f32;
         // Quality does not depend on the bit rate, but the level that the file announces
-        // does: half a bit per pixel is more than this quantiser makes of real pictures.
-        let bits = spec.width as f32 * spec.height as f32 * rate / 2.0;
+        // does: a bit per pixel is more than this quantiser makes of most pictures.
+        let bits = spec.width as f32 * spec.height as f32 * rate;
         let period = (KEY_FRAME_SECONDS * spec.fps_num).div_ceil(spec.fps_den).max(1);
         let config = EncoderConfig::new()
             .profile(Profile::High)
@@ -56,7 +56,8 @@ impl AvcEncoder {
             .bitrate(BitRate::from_bps(bits.clamp(1e5, 1e8) as u32))
             .skip_frames(false)
             .max_frame_rate(FrameRate::from_hz(rate))
-            .usage_type(UsageType::CameraVideoNonRealTime)
+            // The library accepts this usage and screen sharing, and no other.
+            .usage_type(UsageType::CameraVideoRealTime)
             .complexity(Complexity::High)
             // Both would spend fewer bits on calm areas, where the eye sees it.
             .adaptive_quantization(false)
@@ -66,8 +67,9 @@ impl AvcEncoder {
             // The number of threads decides the slices and so the bytes.
             .num_threads(1)
             .vui(VuiConfig::bt709());
-        let encoder =
+        let mut encoder =
             Encoder::with_api_config(OpenH264API::from_source(), config).map_err(failed)?;
+        silence(&mut encoder)?;
         Ok(AvcEncoder { encoder, parameters: ParameterSets::default() })
     }
 
@@ -108,6 +110,22 @@ impl AvcEncoder {
         }
         Ok(Sample { data, key: kind == FrameType::IDR })
     }
+}
+
+/// Keeps the library from writing to standard error: it warns that a fixed quality does not
+/// keep to a bit rate. (The crate's own switch acts only after that warning.)
+fn silence(encoder: &mut Encoder) -> Result<()> {
+    // From the library's header codec_app_def.h.
+    const ENCODER_OPTION_TRACE_LEVEL: i32 = 25;
+    const WELS_LOG_QUIET: u32 = 0;
+    let mut level = WELS_LOG_QUIET;
+    // SAFETY: `raw_api` asks not to set parameters that the encoder relies on, and this one
+    // is none. The option is allowed before initialisation and copies a u32 from a pointer,
+    // which is valid during the call.
+    let status = unsafe {
+        encoder.raw_api().set_option(ENCODER_OPTION_TRACE_LEVEL, (&raw mut level).cast())
+    };
+    if status == 0 { Ok(()) } else { Err(failed(format!("it would not be quiet: {status}"))) }
 }
 
 /// A NAL unit of a byte stream (Rec. ITU-T H.264, annex B) without what comes before it.

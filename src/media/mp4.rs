@@ -165,15 +165,16 @@ fn head(track: &Track, comment: Option<&str>) -> Result<Vec<u8>> {
     ftyp.encode(&mut bytes).map_err(invalid)?;
     let mdat = mdat_header(track.data_size());
     // The positions in the index depend on its size, which depends on how wide they are.
-    let size_of = |wide| -> Result<u64> {
+    let data_with = |wide| -> Result<u64> {
         let mut moov = Vec::new();
         moov_box(track, comment, Layout { data: 0, wide })?.encode(&mut moov).map_err(invalid)?;
         Ok((bytes.len() + moov.len() + mdat.len()) as u64)
     };
-    let narrow = size_of(false)?;
-    let wide = narrow + track.data_size() > u64::from(u32::MAX);
-    let data = if wide { size_of(true)? } else { narrow };
-    moov_box(track, comment, Layout { data, wide })?.encode(&mut bytes).map_err(invalid)?;
+    let mut layout = Layout { data: data_with(true)?, wide: true };
+    if layout.data + track.data_size() <= u64::from(u32::MAX) {
+        layout = Layout { data: data_with(false)?, wide: false };
+    }
+    moov_box(track, comment, layout)?.encode(&mut bytes).map_err(invalid)?;
     bytes.extend_from_slice(&mdat);
     Ok(bytes)
 }

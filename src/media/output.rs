@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{IsTerminal, stdout};
-use std::path::{Path, PathBuf};
+use std::path::{MAIN_SEPARATOR_STR, Path, PathBuf};
 
 use super::pending::{already_there, directory_of, temporary_in};
 use super::{Frame, gif, mp4, png, y4m};
@@ -60,8 +60,11 @@ impl OutputTarget {
         if path == Path::new("-") {
             return Ok(OutputTarget::Stdout);
         }
+        // A path that ends in a separator means a directory, though Rust sees a name in it.
+        let directory =
+            path.as_os_str().as_encoded_bytes().ends_with(MAIN_SEPARATOR_STR.as_bytes());
         let format = path.extension().and_then(|e| e.to_str()).and_then(Format::from_name);
-        match format {
+        match format.filter(|_| !directory) {
             Some(format) => Ok(OutputTarget::File { path: path.into(), format }),
             None => Err(Error::usage(format!("cannot tell the format of {}", path.display()))
                 .hint("end the name in .mp4, .png, .gif or .y4m, or use - for y4m on a pipe")),
