@@ -55,7 +55,9 @@ class Session:
         if path.exists():
             vae.load_state_dict(torch.load(path, weights_only=True))
             return vae
-        trainer = vae_training.Trainer(self.device, args.seed, clips=8 if args.tiny else 3000)
+        if self.device == "cuda" and not args.plain_norm:
+            vae_training.use_fused_norm()
+        trainer = vae_training.Trainer(self.device, args.seed, clips=args.vae_clips)
         self.log({"vae_pool": len(trainer.pool.pixels)})
         batches = [(2, 9, 64), (1, 17, 64)] if args.tiny and self.device == "cpu" else vae_training.BATCHES
         trainer.run(args.vae_steps, batches, self.log)
@@ -114,8 +116,8 @@ class Session:
 
     def final_scores(self, model, vae, tokens):
         tiny = self.args.tiny
-        for guidance in ((2.0,) if tiny else (1.5, 2.0, 3.0, 4.0)):
-            for image in (False, True):
+        for guidance, images in ((2.0, (False, True)), (1.5, (False,)), (3.0, (False,)), (4.5, (False,))):
+            for image in images:
                 shares, made, seen = scoring.score(
                     model, vae, tokens, self.device, repeats=3, frames=2 if tiny else 7, steps=1 if tiny else 10,
                     guidance=guidance, seed=21, image=image, limit=2 if tiny else None)
@@ -129,6 +131,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=pathlib.Path, required=True)
     parser.add_argument("--vae-steps", type=int, default=14000)
+    parser.add_argument("--vae-clips", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=60000)
     parser.add_argument("--parts", type=int, default=6, help="savings and scorings along the way")
     parser.add_argument("--pool", type=int, default=32000, help="clips to train the transformer on")
@@ -136,6 +139,7 @@ def main():
     parser.add_argument("--peak", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--plain-norm", action="store_true", help="do not compile the VAE's norms")
     parser.add_argument("--tiny", action="store_true", help="exercise everything, train nothing useful")
     session = Session(parser.parse_args())
     vae = session.vae()

@@ -1,7 +1,6 @@
 """A quick judge and a batched sampler, to watch training. The real judge is a separate program."""
 
 import torch
-from torch.nn import functional as F
 
 import data
 import transformer_training
@@ -61,37 +60,30 @@ def frames_of(vae, latents):
     return (pixels * 127.5 + 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
-def shape_mask(shape, x, y, radius, angle, device):
-    ys, xs = torch.meshgrid(torch.arange(128, device=device) + 0.5, torch.arange(128, device=device) + 0.5,
-                            indexing="ij")
-    dx, dy = (xs - x) / radius, (ys - y) / radius
-    c, s = torch.cos(angle), torch.sin(angle)
-    px, py = dx * c + dy * s, dy * c - dx * s
-    corners = data.polygon(shape)
-    return ((px * px + py * py).sqrt() < 1) if corners is None else data.polygon_distance(px, py, corners) < 0
-
-
 AREAS = {"circle": 3.1416, "square": 2 * 1.12 ** 2, "triangle": 1.299 * 1.2 ** 2, "star": 10 * 0.5 * 1.2 * 0.5 * 0.5878}
+PERIODS = {"circle": 1.0, "square": 90.0, "triangle": 120.0, "star": 72.0}
+TURNS = 12
 
 
-def best_shape(mask, turns):
-    """(shape, angle, overlap) of the template that overlaps a mask best, at its centroid and area."""
+def best_shape(mask):
+    """(shape, overlap) of the template that overlaps a mask best, at its centroid and area, over all angles."""
     device = mask.device
     area = mask.sum()
-    if area < 100:
-        return None, 0.0, 0.0
-    ys, xs = mask.nonzero().float().add(0.5).unbind(1)
-    best = (None, 0.0, 0.0)
+    ys, xs = torch.meshgrid(torch.arange(128, device=device) + 0.5, torch.arange(128, device=device) + 0.5,
+                            indexing="ij")
+    x, y = (xs * mask).sum() / area, (ys * mask).sum() / area
+    best = []
     for shape in data.SHAPES:
         radius = (area / AREAS[shape]).sqrt()
-        period = {"circle": 1.0, "square": 90.0, "triangle": 120.0, "star": 72.0}[shape]
-        for k in range(1 if shape == "circle" or not turns else 12):
-            angle = torch.tensor(period * k / 12 * torch.pi / 180, device=device)
-            template = shape_mask(shape, xs.mean(), ys.mean(), radius, angle, device)
-            overlap = ((template & mask).sum() / (template | mask).sum()).item()
-            if overlap > best[2]:
-                best = (shape, period * k / 12, overlap)
-    return best
+        dx, dy = (xs - x) / radius, (ys - y) / radius
+        turns = 1 if shape == "circle" else TURNS
+        angle = (torch.arange(turns, device=device) * PERIODS[shape] / turns * torch.pi / 180)[:, None, None]
+        px, py = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
+        corners = data.polygon(shape)
+        inside = (px * px + py * py < 1) if corners is None else data.polygon_distance(px, py, corners) < 0
+        best.append(((inside & mask).sum((1, 2)) / (inside | mask).sum((1, 2))).max())
+    overlap, index = torch.stack(best).max(0)
+    return data.SHAPES[index.item()], overlap.item()
 
 
 @torch.no_grad()
@@ -108,9 +100,9 @@ def judge(frames):
     span = torch.arange(128, device=x.device) + 0.5
     cx = (masks.sum(1) * span).sum(1) / area
     cy = (masks.sum(2) * span).sum(1) / area
-    votes = [best_shape(masks[t], True) for t in (0, len(masks) // 3, 2 * len(masks) // 3, len(masks) - 1)]
+    votes = [best_shape(masks[t]) for t in (0, len(masks) // 3, 2 * len(masks) // 3, len(masks) - 1)]
     names = [v[0] for v in votes]
-    shape = max(data.SHAPES, key=lambda s: sum(v[2] for v in votes if v[0] == s))
+    shape = max(data.SHAPES, key=lambda s: sum(v[1] for v in votes if v[0] == s))
     if names.count(shape) < 3:
         shape = None
     n = max(2, len(masks) // 8)

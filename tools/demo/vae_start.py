@@ -8,7 +8,6 @@ and with them the norms, hardly depend on the picture. The two output convolutio
 """
 
 import torch
-from torch.nn import functional as F
 
 CONSTANT = 1.5
 SPACE = {"LL": (1.0, (1, 1, 1, 1), 0.25), "LH": (0.5, (1, 1, -1, -1), 0.5), "HL": (0.5, (1, -1, 1, -1), 0.5),
@@ -160,7 +159,7 @@ def start(vae, pixels):
     signals = flat(x)[:, list(channels(labels).values())]
     scale = signals.std(0)
     zero(encoder.conv_out.conv)
-    fit(encoder.conv_out.conv, flat(F.silu(encoder.conv_norm_out(x))), signals / scale, slice(0, 16))
+    fit(encoder.conv_out.conv, flat(encoder.conv_norm_out(x)), signals / scale, slice(0, 16))
     encoder.conv_out.conv.bias[16:] = -6.0
     for conv in (vae.quant_conv.conv, vae.post_quant_conv.conv):
         zero(conv)
@@ -170,6 +169,6 @@ def start(vae, pixels):
     x = decoder.mid_block(decoder.conv_in(vae.moments(pixels)[:, :16]))
     for block in decoder.up_blocks:
         x = block(x)
-    features = F.silu(decoder.conv_norm_out(x))
+    features = decoder.conv_norm_out(x)
     step = max(1, features.numel() // features.shape[1] // 400_000)
     fit(decoder.conv_out.conv, flat(features)[::step], flat(pixels)[::step], slice(0, 3))

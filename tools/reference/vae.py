@@ -29,26 +29,26 @@ class CausalConv(nn.Module):
         return F.conv3d(x, self.conv.weight, self.conv.bias, self.conv.stride, (0, self.side, self.side))
 
 
-class FrameNorm(nn.GroupNorm):
-    """Group norm with the statistics of one frame."""
+class NormSilu(nn.GroupNorm):
+    """Group norm with the statistics of one frame, then SiLU."""
 
     def forward(self, x):
         batch, _, frames = x.shape[:3]
-        y = super().forward(x.transpose(1, 2).flatten(0, 1))
+        y = F.silu(super().forward(x.transpose(1, 2).flatten(0, 1)))
         return y.unflatten(0, (batch, frames)).transpose(1, 2)
 
 
 class Resnet(nn.Module):
     def __init__(self, inputs, outputs, groups):
         super().__init__()
-        self.norm1, self.norm2 = FrameNorm(groups, inputs, 1e-6), FrameNorm(groups, outputs, 1e-6)
+        self.norm1, self.norm2 = NormSilu(groups, inputs, 1e-6), NormSilu(groups, outputs, 1e-6)
         self.conv1, self.conv2 = CausalConv(inputs, outputs), CausalConv(outputs, outputs)
         if inputs != outputs:
             self.conv_shortcut = CausalConv(inputs, outputs, 1)
 
     def forward(self, x, stream=None):
-        y = self.conv1(F.silu(self.norm1(x)), stream)
-        y = self.conv2(F.silu(self.norm2(y)), stream)
+        y = self.conv1(self.norm1(x), stream)
+        y = self.conv2(self.norm2(y), stream)
         return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + y
 
 
@@ -150,14 +150,14 @@ class Encoder(nn.Module):
                       c["encoder_spatial_down_sample"][i], c["encoder_temporal_down_sample"][i])
             for i in range(len(widths)))
         self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = FrameNorm(groups, widths[-1], 1e-6)
+        self.conv_norm_out = NormSilu(groups, widths[-1], 1e-6)
         self.conv_out = CausalConv(widths[-1], 2 * c["encoder_out_channels"])
 
     def forward(self, x, stream=None):
         x = self.conv_in(x, stream)
         for block in self.down_blocks:
             x = block(x, stream)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x, stream))), stream)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x, stream)), stream)
 
 
 class Decoder(nn.Module):
@@ -170,14 +170,14 @@ class Decoder(nn.Module):
             UpBlock(widths[max(i - 1, 0)], widths[i], c["decoder_layers_per_block"][i], groups,
                     c["decoder_spatial_up_sample"][i], c["decoder_temporal_up_sample"][i])
             for i in range(len(widths)))
-        self.conv_norm_out = FrameNorm(groups, widths[-1], 1e-6)
+        self.conv_norm_out = NormSilu(groups, widths[-1], 1e-6)
         self.conv_out = CausalConv(widths[-1], c["decoder_out_channels"])
 
     def forward(self, z, stream=None):
         x = self.mid_block(self.conv_in(z, stream), stream)
         for block in self.up_blocks:
             x = block(x, stream)
-        return self.conv_out(F.silu(self.conv_norm_out(x)), stream)
+        return self.conv_out(self.conv_norm_out(x), stream)
 
 
 class Vae(nn.Module):
