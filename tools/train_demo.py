@@ -24,7 +24,7 @@ import vae_training  # noqa: E402
 import vocabulary  # noqa: E402
 from reference.vae import Vae  # noqa: E402
 
-PARTS = {"state-model.pt": ["done", "model"], "state-ema.pt": ["ema"], "state-moments.pt": ["first", "second"]}
+PARTS = {"state-model.pt": ["done", "steps", "model"], "state-ema.pt": ["ema"], "state-moments.pt": ["first", "second"]}
 
 
 def save(value, path):
@@ -39,6 +39,8 @@ class Session:
         self.work.mkdir(parents=True, exist_ok=True)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.began = time.time()
+        if self.device == "cuda":
+            vae_training.use_fast_norm()
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.recompile_limit = 64
 
@@ -55,12 +57,10 @@ class Session:
         if path.exists():
             vae.load_state_dict(torch.load(path, weights_only=True))
             return vae
-        if self.device == "cuda" and not args.plain_norm:
-            vae_training.use_fused_norm()
         trainer = vae_training.Trainer(self.device, args.seed, clips=args.vae_clips)
         self.log({"vae_pool": len(trainer.pool.pixels)})
         batches = [(2, 9, 64), (1, 17, 64)] if args.tiny and self.device == "cpu" else vae_training.BATCHES
-        trainer.run(args.vae_steps, batches, self.log)
+        trainer.run(args.vae_steps, batches, self.log, args.vae_seconds)
         vae = trainer.averaged()
         self.log({"whitening": vae_training.fold_whitening(vae, self.device, 8 if args.tiny else 256,
                                                             frames=17 if args.tiny else 49)})
@@ -72,7 +72,7 @@ class Session:
 
     def judge_check(self, vae):
         """The quick judge on rendered clips, before and after the VAE."""
-        clips = vae_training.data.draw_clips(4 if self.args.tiny else 96, 11, pairs=0.0, held_out="only")
+        clips = vae_training.data.draw_clips(1 if self.args.tiny else 96, 11, pairs=0.0, held_out="only")
         truth = [(c.objects[0].shape, c.objects[0].colour, c.motion) for c in clips]
         pixels = vae_training.data.render(clips, 17 if self.args.tiny else 49, self.device)[0]
         rebuilt = torch.cat([scoring.frames_of(vae, transformer_training.to_model(
@@ -97,13 +97,18 @@ class Session:
             for name in PARTS:
                 state.update(torch.load(self.work / name, weights_only=True))
             trainer.restore(state)
+            args.steps = state["steps"]
             self.log({"resumed_at": trainer.done})
+        if args.seconds and self.device == "cuda" and not trainer.done:
+            each = trainer.measure(self.log)
+            args.steps = int((args.seconds - (time.time() - self.began)) / each)
+            self.log({"steps": args.steps, "step_ms": round(1000 * each, 2)})
         for i in range(1, args.parts + 1):
             until = args.steps * i // args.parts
             if until <= trainer.done:
                 continue
             trainer.run(until, args.steps, self.log, every=max(1, args.steps // 60))
-            state = trainer.state()
+            state = {"steps": args.steps, **trainer.state()}
             for name, keys in PARTS.items():
                 save({k: state[k] for k in keys}, self.work / name)
             model = trainer.averaged()
@@ -113,6 +118,13 @@ class Session:
         model = trainer.averaged()
         self.final_scores(model, vae, tokens)
         return model
+
+    def warm_compiler(self):
+        """Compile the step on random latents, so that a process after this one finds the kernels in the cache."""
+        sizes = vocabulary.write_all(self.work / "tokens-warm")
+        pool = transformer_training.RandomPool(256, self.device)
+        trainer = transformer_training.Trainer(pool, sizes, self.device, self.args.batch)
+        self.log({"compiled_step_ms": round(1000 * trainer.measure(self.log), 2)})
 
     def final_scores(self, model, vae, tokens):
         tiny = self.args.tiny
@@ -139,9 +151,14 @@ def main():
     parser.add_argument("--peak", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=pathlib.Path, metavar="FOLDER")
-    parser.add_argument("--plain-norm", action="store_true", help="do not compile the VAE's norms")
+    parser.add_argument("--vae-seconds", type=float, help="as many VAE steps as fit into this time, instead")
+    parser.add_argument("--seconds", type=float, help="as many transformer steps as fit before this time since the start")
+    parser.add_argument("--warm-compiler", action="store_true", help="only compile the transformer's step, for a cache")
     parser.add_argument("--tiny", action="store_true", help="exercise everything, train nothing useful")
     session = Session(parser.parse_args())
+    if session.args.warm_compiler:
+        session.warm_compiler()
+        return
     vae = session.vae()
     session.judge_check(vae)
     model = session.transformer(vae)

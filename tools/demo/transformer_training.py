@@ -102,6 +102,16 @@ class Pool:
         self.count = count
 
 
+class RandomPool:
+    """Stands in for a pool while the step is compiled."""
+
+    def __init__(self, count, device):
+        self.count = count
+        self.latents = torch.randn(count, 16, FRAMES, 16, 16, device=device, dtype=torch.bfloat16)
+        self.t5_ids = torch.ones(CAPTIONS * count + 1, TEXT, dtype=torch.long, device=device)
+        self.clip_ids = torch.ones(2, CAPTIONS * count + 1, TEXT, dtype=torch.long, device=device)
+
+
 def to_model(z):
     """Published latent scaling, from the VAE's to the transformer's."""
     shift, scale = IMAGE_SHIFT_SCALE["sd3"]
@@ -255,11 +265,20 @@ class Trainer:
         torch.cuda.synchronize()
         log(json.dumps({"captured": "transformer", "seconds": round(time.time() - began, 1)}))
 
+    def measure(self, log):
+        """Capture the step and time it; returns seconds."""
+        self.rate.fill_(1e-7)
+        self.capture(log)
+        began = time.time()
+        for _ in range(10):
+            self.graph.replay()
+        torch.cuda.synchronize()
+        return (time.time() - began) / 10
+
     def run(self, until, steps, log=print, every=1000):
         """Train up to step `until` of a schedule of `steps`."""
         if self.cuda and self.graph is None:
-            self.rate.fill_(1e-7)
-            self.capture(log)
+            self.measure(log)
         began, counted = time.time(), 0
         self.sums.zero_()
         while self.done < until:
