@@ -99,9 +99,9 @@ class Session:
             trainer.restore(state)
             args.steps = state["steps"]
             self.log({"resumed_at": trainer.done})
-        if args.seconds and self.device == "cuda" and not trainer.done:
+        if args.seconds and self.device == "cuda":
             each = trainer.measure(self.log)
-            args.steps = int((args.seconds - (time.time() - self.began)) / each)
+            args.steps = trainer.done + int((args.seconds - (time.time() - self.began)) / each)
             self.log({"steps": args.steps, "step_ms": round(1000 * each, 2)})
         for i in range(1, args.parts + 1):
             until = args.steps * i // args.parts
@@ -116,8 +116,9 @@ class Session:
                                          steps=1 if tiny else 8, limit=2 if tiny else None)
             self.log({"step": trainer.done, "text_to_video": shares})
         model = trainer.averaged()
+        if args.export:
+            export.export(args.export, vae, model)
         self.final_scores(model, vae, tokens)
-        return model
 
     def warm_compiler(self):
         """Compile the step on random latents, so that a process after this one finds the kernels in the cache."""
@@ -128,7 +129,7 @@ class Session:
 
     def final_scores(self, model, vae, tokens):
         tiny = self.args.tiny
-        for guidance, images in ((2.0, (False, True)), (1.5, (False,)), (3.0, (False,)), (4.5, (False,))):
+        for guidance, images in ((2.0, (False, True)), (3.0, (False,))):
             for image in images:
                 shares, made, seen = scoring.score(
                     model, vae, tokens, self.device, repeats=3, frames=2 if tiny else 7, steps=1 if tiny else 10,
@@ -161,9 +162,7 @@ def main():
         return
     vae = session.vae()
     session.judge_check(vae)
-    model = session.transformer(vae)
-    if session.args.export:
-        export.export(session.args.export, vae, model)
+    session.transformer(vae)
 
 
 if __name__ == "__main__":

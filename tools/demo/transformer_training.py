@@ -211,7 +211,7 @@ def learning_rate(step, steps, peak, warm=300):
 class Trainer:
     def __init__(self, pool, sizes, device, batch=256, peak=1.5e-3, seed=0):
         torch.manual_seed(seed)
-        self.pool, self.device, self.batch, self.peak = pool, device, batch, peak
+        self.pool, self.device, self.batch, self.peak, self.seed = pool, device, batch, peak, seed
         self.cuda = device != "cpu"
         self.model = Model(*sizes).to(device)
         self.parameters = list(self.model.parameters())
@@ -312,6 +312,7 @@ class Trainer:
     def restore(self, state):
         """Go on from a saved state. To be called before the first step: it makes the optimizer's buffers."""
         self.done = state["done"]
+        torch.manual_seed(self.seed + self.done)
         with torch.no_grad():
             for i, p in enumerate(self.parameters):
                 p.copy_(state["model"][i])
