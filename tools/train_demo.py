@@ -33,7 +33,7 @@ def save(value, path):
     path.with_suffix(".new").rename(path)
 
 
-class Session:
+class Training:
     def __init__(self, args):
         self.args, self.work = args, args.work
         self.work.mkdir(parents=True, exist_ok=True)
@@ -156,13 +156,13 @@ def main():
     parser.add_argument("--seconds", type=float, help="as many transformer steps as fit before this time since the start")
     parser.add_argument("--warm-compiler", action="store_true", help="only compile the transformer's step, for a cache")
     parser.add_argument("--tiny", action="store_true", help="exercise everything, train nothing useful")
-    session = Session(parser.parse_args())
-    if session.args.warm_compiler:
-        session.warm_compiler()
+    training = Training(parser.parse_args())
+    if training.args.warm_compiler:
+        training.warm_compiler()
         return
-    vae = session.vae()
-    session.judge_check(vae)
-    session.transformer(vae)
+    vae = training.vae()
+    training.judge_check(vae)
+    training.transformer(vae)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class TimeTextEmbed(nn.Module):
         return self.timestep_embedder(wave) + self.text_embedder(pooled)
 
 
-class Modulation(nn.Module):
+class NormLinear(nn.Module):
     """AdaLN: `parts` vectors of width d from temb, each [B, 1, d]."""
 
     def __init__(self, width, parts):
@@ -132,9 +132,6 @@ class JointBlock(nn.Module):
             text = text + context[2] * text_y
             text = text + context[5] * self.ff_context(normed(text, context[3], context[4]))
         return text, image
-
-
-NormLinear = Modulation
 
 
 def frame_times(clips):
