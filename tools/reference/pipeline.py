@@ -25,6 +25,11 @@ def text_part(folder):
     return load_into(Clip(config, config["architectures"] == ["CLIPTextModelWithProjection"]), folder)
 
 
+def follow(path):
+    """A folder; where it is a small file that names one (a symbolic link in some checkouts), the folder named."""
+    return path.parent / path.read_text().strip() if path.is_file() else path
+
+
 class Noise:
     """Noise in the order in which a run asks for it: drawn from a seed and recorded, or played back.
 
@@ -95,7 +100,7 @@ class Pipeline:
         names = ["text_encoder", "text_encoder_2"] + (["text_encoder_3"] if self.family == "sd3" else [])
         parts = [text_part(folder / name) for name in names]
         self.clips, self.t5 = parts[:-1], parts[-1]
-        homes = [folder / name.replace("text_encoder", "tokenizer") for name in names]
+        homes = [follow(folder / name.replace("text_encoder", "tokenizer")) for name in names]
         self.clip_tokenizers, self.t5_tokenizer = [ClipTokenizer(h) for h in homes[:-1]], T5Tokenizer(homes[-1])
         self.schedule = Schedule()
 
