@@ -120,7 +120,11 @@ enum Kind {
 
 fn main() {
     let peak = ceiling();
-    println!("{} threads, f32 matrix products: {:.1} GFLOP/s", rayon::current_num_threads(), peak / 1e9);
+    println!(
+        "{} threads, f32 matrix products: {:.1} GFLOP/s",
+        rayon::current_num_threads(),
+        peak / 1e9
+    );
     println!("{:<28}{:>10}{:>12}{:>10}", "layer", "ms", "GFLOP/s", "of peak");
     for rows in [496, 2176] {
         for (name, inputs, outputs, kind) in [

@@ -168,11 +168,8 @@ proptest! {
 /// The largest graphs of a 5-second video at 768p.
 fn real_graphs(family: Family) -> Vec<Graph> {
     let networks = Networks::published(family);
-    let clip = |frames, halvings: u32| Clip {
-        frames,
-        height: 96 >> halvings,
-        width: 160 >> halvings,
-    };
+    let clip =
+        |frames, halvings: u32| Clip { frames, height: 96 >> halvings, width: 160 >> halvings };
     let geometry = Geometry {
         text_tokens: vec![128, 128],
         history: vec![clip(13, 2), clip(1, 1), clip(1, 0)],

@@ -150,8 +150,7 @@ pub enum Variant {
 
 impl Variant {
     /// All variants: the three that are published, and the built-in model's.
-    pub const ALL: [Variant; 4] =
-        [Variant::P128, Variant::P384, Variant::P768, Variant::Image];
+    pub const ALL: [Variant; 4] = [Variant::P128, Variant::P384, Variant::P768, Variant::Image];
 
     /// `384p`, `768p` or `image`, as published, or `128p`.
     pub fn name(self) -> &'static str {

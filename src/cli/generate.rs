@@ -71,8 +71,9 @@ pub struct Args {
 /// Generates a video.
 pub fn run(args: Args) -> Result<()> {
     if args.device == Device::Cuda {
-        return Err(Error::device("this build of pyraflow runs on the CPU only")
-            .hint("use --device cpu"));
+        return Err(
+            Error::device("this build of pyraflow runs on the CPU only").hint("use --device cpu")
+        );
     }
     let mut output = Output::to(&args.output)?;
     if args.json && output.target == OutputTarget::Stdout {
@@ -109,7 +110,9 @@ pub fn run(args: Args) -> Result<()> {
     };
     let mut console = Console::new(mode)?;
     if args.model.is_none() && mode == Mode::People {
-        eprintln!("using the small built-in model (coloured shapes, 128x128); --model names another");
+        eprintln!(
+            "using the small built-in model (coloured shapes, 128x128); --model names another"
+        );
     }
     console.start(&request, &args.output)?;
     let store = args.store.map_or_else(StoreOptions::default, StoreOptions::below);

@@ -24,8 +24,7 @@ pub fn run(args: &Args) -> Result<()> {
         .map_err(|e| Error::io("cannot open", &args.path, e).of_kind(ErrorKind::Input))?;
     if metadata.is_dir() {
         let summary = Summary::read(&args.path);
-        let text =
-            if args.json { format!("{:#}\n", json!(summary)) } else { checkpoint(&summary) };
+        let text = if args.json { format!("{:#}\n", json!(summary)) } else { checkpoint(&summary) };
         return super::print(&text);
     }
     let info = inspect(&args.path)?;

@@ -90,7 +90,9 @@ impl Pipeline {
         let tokens = self.tokenize(request)?;
         if let Some(positive) = tokens.last() {
             for message in positive.losses() {
-                reporter.event(&Event::Warning { message: format!("the prompt is too long: {message}") });
+                reporter.event(&Event::Warning {
+                    message: format!("the prompt is too long: {message}"),
+                });
             }
         }
         let saved = output
@@ -115,9 +117,9 @@ impl Pipeline {
             timings.image = finish(Phase::Image, clock, reporter);
         }
         let clock = Instant::now();
-        let latents =
-            self.sample(request, &prompts, finished, &mut noise, saved.as_ref(), reporter)
-                .map_err(|e| say_what_is_kept(e, saved.as_ref()))?;
+        let latents = self
+            .sample(request, &prompts, finished, &mut noise, saved.as_ref(), reporter)
+            .map_err(|e| say_what_is_kept(e, saved.as_ref()))?;
         timings.sampling = finish(Phase::Sampling, clock, reporter);
 
         let clock = Instant::now();
@@ -281,9 +283,8 @@ fn prepare_units(
 
 fn say_what_is_kept(error: Error, saved: Option<&SavedRun>) -> Error {
     match (error.kind(), saved) {
-        (ErrorKind::Interrupted, Some(saved)) => {
-            error.hint(format!("finished units are in {}; --resume goes on", saved.folder().display()))
-        }
+        (ErrorKind::Interrupted, Some(saved)) => error
+            .hint(format!("finished units are in {}; --resume goes on", saved.folder().display())),
         _ => error,
     }
 }

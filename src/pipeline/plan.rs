@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
-use super::transformer::{geometry, modulation_layout, record_step};
 use super::Request;
+use super::transformer::{geometry, modulation_layout, record_step};
+use crate::Result;
 use crate::checkpoint::{
     Checkpoint, ClipActivation, ClipConfig, Family, FluxConfig, MmditConfig, T5Config,
     TransformerConfig, VaeConfig,
@@ -14,9 +15,8 @@ use crate::models::dit::StepOutput;
 use crate::models::vae::{Window, record_decoder, record_encoder};
 use crate::models::{clip, t5};
 use crate::sampler::STAGES;
-use crate::text::{CLIP_LENGTH, T5_LENGTH};
 use crate::tensor::DType;
-use crate::Result;
+use crate::text::{CLIP_LENGTH, T5_LENGTH};
 
 /// The configurations of all networks of a checkpoint.
 #[derive(Debug, Clone)]
@@ -201,12 +201,8 @@ pub fn plan(
     let mut sampling = phase("sampling");
     let config = &networks.transformer;
     let text_tokens = vec![T5_LENGTH; samples];
-    let table = modulation_layout(config).record(
-        samples,
-        config.width(),
-        config.pooled_dim(),
-        dtype,
-    )?;
+    let table =
+        modulation_layout(config).record(samples, config.width(), config.pooled_dim(), dtype)?;
     let mut steps = 0;
     for unit in settings.first_unit()..settings.units {
         for stage in 0..STAGES {

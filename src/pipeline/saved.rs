@@ -50,7 +50,8 @@ impl SavedRun {
     /// [`crate::ErrorKind::Io`] when the folder cannot be written.
     pub fn begin(&self) -> Result<()> {
         self.discard()?;
-        fs::create_dir_all(&self.folder).map_err(|e| Error::io("cannot create", &self.folder, e))?;
+        fs::create_dir_all(&self.folder)
+            .map_err(|e| Error::io("cannot create", &self.folder, e))?;
         self.write("run.json", format!("{:#}\n", self.identity).as_bytes())
     }
 

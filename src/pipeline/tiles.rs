@@ -193,7 +193,10 @@ mod tests {
         for (height, width) in [(32, 32), (33, 70), (95, 24), (7, 130)] {
             let mut source = Volume::zeros(2, height, width, 3);
             source.data.iter_mut().enumerate().for_each(|(i, v)| *v = i as f32 + 1.0);
-            let grid = TileGrid { scale: (1, 1), ..TileGrid::encoding(height, width, Tiling { tile: 32 }) };
+            let grid = TileGrid {
+                scale: (1, 1),
+                ..TileGrid::encoding(height, width, Tiling { tile: 32 })
+            };
             let out = assemble(&grid, |y, x, h, w| Ok(source.crop(y, x, h, w))).expect("tiles");
             let close = out.data.iter().zip(&source.data).all(|(a, b)| (a - b).abs() < 1e-2);
             assert!(close && out.data.len() == source.data.len(), "{height}x{width}");

@@ -138,7 +138,9 @@ impl<'a> Transformer<'a> {
         let output = self.session.find(graph, "modulation")?;
         let table = self.session.read(graph, output)?;
         self.session.remove(graph);
-        for (t, vectors) in timesteps.iter().zip(table.chunks_exact(prompts.len() * layout.columns())) {
+        for (t, vectors) in
+            timesteps.iter().zip(table.chunks_exact(prompts.len() * layout.columns()))
+        {
             self.modulation.insert(t.to_bits(), vectors.to_vec());
         }
         Ok(())

@@ -121,7 +121,13 @@ impl<'a> Vae<'a> {
         } else {
             (height / FACTOR, width / FACTOR, 2 * self.config.latent_channels)
         };
-        Ok(Volume { frames: data.len() / (height * width * channels), height, width, channels, data })
+        Ok(Volume {
+            frames: data.len() / (height * width * channels),
+            height,
+            width,
+            channels,
+            data,
+        })
     }
 }
 

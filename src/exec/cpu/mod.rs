@@ -74,11 +74,7 @@ impl Backend for Cpu {
     }
 
     fn plan(&self, graph: &Graph) -> Plan {
-        if self.share {
-            Plan::new(graph, |_| ELEMENT)
-        } else {
-            Plan::unshared(graph, |_| ELEMENT)
-        }
+        if self.share { Plan::new(graph, |_| ELEMENT) } else { Plan::unshared(graph, |_| ELEMENT) }
     }
 
     fn open(&self, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>> {
