@@ -87,7 +87,10 @@ impl SavedRun {
     pub fn save(&self, unit: usize, latent: &Latent) -> Result<()> {
         let shape = latent.shape();
         let bytes: Vec<u8> = latent.data().iter().flat_map(|v| v.to_le_bytes()).collect();
-        let metadata = HashMap::from([("sha256".to_string(), hash(&bytes))]);
+        let metadata = HashMap::from([
+            ("sha256".to_string(), hash(&bytes)),
+            ("run".to_string(), self.mark()),
+        ]);
         let extents = vec![shape.frames, shape.height, shape.width, CHANNELS];
         let file = TensorView::new(Dtype::F32, extents, &bytes)
             .and_then(|view| safetensors::serialize([("latent", view)], Some(metadata)))
@@ -106,17 +109,28 @@ impl SavedRun {
         // Only what belongs to a run goes: the folder may hold a user's files as well.
         let entries =
             fs::read_dir(&self.folder).map_err(|e| Error::io("cannot read", &self.folder, e))?;
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with("unit-") || name.starts_with("run.json") {
-                let path = entry.path();
-                fs::remove_file(&path).map_err(|e| Error::io("cannot remove", &path, e))?;
-            }
+        let mut ours: Vec<PathBuf> = entries
+            .flatten()
+            .filter(|entry| {
+                let name = entry.file_name();
+                let name = name.to_string_lossy();
+                name.starts_with("unit-") || name.starts_with("run.json")
+            })
+            .map(|entry| entry.path())
+            .collect();
+        // The description last: killed in between, what is left still says whose it is.
+        ours.sort_by_key(|path| path.ends_with("run.json"));
+        for path in ours {
+            fs::remove_file(&path).map_err(|e| Error::io("cannot remove", &path, e))?;
         }
         // Fails if other files are there, which is fine.
         let _ = fs::remove_dir(&self.folder);
         Ok(())
+    }
+
+    /// What every unit carries, so that none of another run is ever taken for one of this.
+    fn mark(&self) -> String {
+        hash(self.identity.to_string().as_bytes())
     }
 
     fn read_unit(&self, unit: usize, shape: LatentShape) -> Option<Latent> {
@@ -130,8 +144,10 @@ impl SavedRun {
         let file = SafeTensors::deserialize(&bytes).ok()?;
         let view = file.tensor("latent").ok()?;
         let wanted = [shape.frames, shape.height, shape.width, CHANNELS];
-        let promised = header.metadata().as_ref()?.get("sha256")?;
-        if view.dtype() != Dtype::F32 || view.shape() != wanted || *promised != hash(view.data()) {
+        let metadata = header.metadata().as_ref()?;
+        let ours = *metadata.get("run")? == self.mark();
+        let whole = *metadata.get("sha256")? == hash(view.data());
+        if view.dtype() != Dtype::F32 || view.shape() != wanted || !ours || !whole {
             return None;
         }
         let values = view
