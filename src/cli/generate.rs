@@ -75,8 +75,9 @@ const MAX_THREADS: usize = 1024;
 /// Generates a video.
 pub fn run(args: Args) -> Result<()> {
     if args.device == Device::Cuda {
-        return Err(Error::device("this build of pyraflow runs on the CPU only")
-            .hint("use --device cpu"));
+        return Err(
+            Error::device("this build of pyraflow runs on the CPU only").hint("use --device cpu")
+        );
     }
     let mut output = Output::to(&args.output)?;
     if args.json && output.target == OutputTarget::Stdout {

@@ -28,8 +28,7 @@ pub fn run(args: &Args) -> Result<()> {
             return Err(Error::model(format!("{} holds no checkpoint", args.path.display()))
                 .hint("name the folder that holds diffusion_transformer_768p or the like"));
         }
-        let text =
-            if args.json { format!("{:#}\n", json!(summary)) } else { checkpoint(&summary) };
+        let text = if args.json { format!("{:#}\n", json!(summary)) } else { checkpoint(&summary) };
         return super::print(&text);
     }
     let info = inspect(&args.path)?;

@@ -118,7 +118,7 @@ impl Console {
         match event {
             Event::Warning { message } => {
                 self.bar.suspend(|| super::say(&format!("warning: {message}")));
-            },
+            }
             Event::Progress { phase, done, total, detail } => {
                 if self.phase != Some(*phase) {
                     self.phase = Some(*phase);

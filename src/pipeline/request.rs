@@ -127,8 +127,7 @@ impl Request {
         for (name, extent) in [("width", self.width), ("height", self.height)] {
             check_extent(name, extent)?;
         }
-        let mode =
-            if self.image.is_some() { Mode::ImageToVideo } else { Mode::TextToVideo };
+        let mode = if self.image.is_some() { Mode::ImageToVideo } else { Mode::TextToVideo };
         let request = SamplerRequest {
             mode,
             units: self.units,

@@ -50,7 +50,8 @@ impl SavedRun {
     /// [`crate::ErrorKind::Io`] when the folder cannot be written.
     pub fn begin(&self) -> Result<()> {
         self.discard()?;
-        fs::create_dir_all(&self.folder).map_err(|e| Error::io("cannot create", &self.folder, e))?;
+        fs::create_dir_all(&self.folder)
+            .map_err(|e| Error::io("cannot create", &self.folder, e))?;
         self.write("run.json", format!("{:#}\n", self.identity).as_bytes())
     }
 
@@ -87,10 +88,7 @@ impl SavedRun {
     pub fn save(&self, unit: usize, latent: &Latent) -> Result<()> {
         let shape = latent.shape();
         let bytes: Vec<u8> = latent.data().iter().flat_map(|v| v.to_le_bytes()).collect();
-        let metadata = HashMap::from([
-            ("sha256".to_string(), hash(&bytes)),
-            ("run".to_string(), self.mark()),
-        ]);
+        let metadata = HashMap::from([("sha256".to_string(), self.hash(&bytes))]);
         let extents = vec![shape.frames, shape.height, shape.width, CHANNELS];
         let file = TensorView::new(Dtype::F32, extents, &bytes)
             .and_then(|view| safetensors::serialize([("latent", view)], Some(metadata)))
@@ -128,9 +126,12 @@ impl SavedRun {
         Ok(())
     }
 
-    /// What every unit carries, so that none of another run is ever taken for one of this.
-    fn mark(&self) -> String {
-        hash(self.identity.to_string().as_bytes())
+    /// The hash of a unit's values and of the run they belong to, so that neither a damaged
+    /// unit nor one of another run is ever taken for one of this.
+    fn hash(&self, values: &[u8]) -> String {
+        let identity = self.identity.to_string();
+        let digest = Sha256::new().chain_update(identity).chain_update(values).finalize();
+        digest.iter().map(|b| format!("{b:02x}")).collect()
     }
 
     fn read_unit(&self, unit: usize, shape: LatentShape) -> Option<Latent> {
@@ -144,10 +145,9 @@ impl SavedRun {
         let file = SafeTensors::deserialize(&bytes).ok()?;
         let view = file.tensor("latent").ok()?;
         let wanted = [shape.frames, shape.height, shape.width, CHANNELS];
-        let metadata = header.metadata().as_ref()?;
-        let ours = *metadata.get("run")? == self.mark();
-        let whole = *metadata.get("sha256")? == hash(view.data());
-        if view.dtype() != Dtype::F32 || view.shape() != wanted || !ours || !whole {
+        let promised = header.metadata().as_ref()?.get("sha256")?;
+        let whole = *promised == self.hash(view.data());
+        if view.dtype() != Dtype::F32 || view.shape() != wanted || !whole {
             return None;
         }
         let values = view
@@ -174,10 +174,6 @@ impl SavedRun {
 
 fn unit_name(unit: usize) -> String {
     format!("unit-{unit:04}.safetensors")
-}
-
-fn hash(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The settings in which two runs differ: "seed 1 there, 2 here".

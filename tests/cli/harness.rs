@@ -42,7 +42,8 @@ impl Bench {
     /// Everything a run may have left, sorted; folders end in `/`.
     pub fn files(&self) -> Vec<String> {
         fn list(dir: &Path, prefix: &str, names: &mut Vec<String>) {
-            for entry in fs::read_dir(dir).expect("a folder").flatten() {
+            // A running program may remove a folder between two looks at it.
+            for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
                 let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
                 if ["store", "model"].contains(&name.as_str()) {
                     continue;
@@ -310,7 +311,8 @@ impl Run {
     /// Standard output as JSON lines.
     pub fn events(&self) -> Vec<Value> {
         let parse = |line: &str| {
-            serde_json::from_str(line).unwrap_or_else(|e| panic!("{line:?} is no JSON: {e}\n{self}"))
+            serde_json::from_str(line)
+                .unwrap_or_else(|e| panic!("{line:?} is no JSON: {e}\n{self}"))
         };
         self.text().lines().map(parse).collect()
     }

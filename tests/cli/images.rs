@@ -57,8 +57,7 @@ fn an_upright_image_makes_an_upright_video() {
     let bench = Bench::new();
     bench.write("in.png", encoded(picture(64, 96), ImageFormat::Png));
     let plan = ["plan", "--model", "sd3-384p", "--image", "in.png", "--units", "2", "--json"];
-    let plan: serde_json::Value =
-        serde_json::from_str(&bench.run(plan).ok().text()).expect("JSON");
+    let plan: serde_json::Value = serde_json::from_str(&bench.run(plan).ok().text()).expect("JSON");
     assert_eq!((&plan["width"], &plan["height"]), (&384.into(), &640.into()));
     assert_eq!(plan["phases"][1]["name"], "image");
 }
@@ -80,9 +79,8 @@ fn depth_and_colour_type_do_not_matter() {
     let rgb = picture(64, 64);
     bench.write("in.png", encoded(rgb.clone(), ImageFormat::Png));
     let wanted = frames(&bench, &from_image("in.png"));
-    let deep: ImageBuffer<Rgb<u16>, Vec<u16>> = ImageBuffer::from_fn(64, 64, |x, y| {
-        Rgb(rgb.get_pixel(x, y).0.map(|v| u16::from(v) * 257))
-    });
+    let deep: ImageBuffer<Rgb<u16>, Vec<u16>> =
+        ImageBuffer::from_fn(64, 64, |x, y| Rgb(rgb.get_pixel(x, y).0.map(|v| u16::from(v) * 257)));
     bench.write("deep.png", encoded(deep, ImageFormat::Png));
     assert!(frames(&bench, &from_image("deep.png")) == wanted, "16 bits");
     let opaque = DynamicImage::from(rgb.clone()).to_rgba8();
@@ -116,7 +114,8 @@ fn a_photo_is_turned_as_its_camera_says() {
     bench.write("turned.jpg", turned);
     let upright = image::load_from_memory(&photo).expect("a JPEG").rotate90();
     bench.write("upright.png", encoded(upright, ImageFormat::Png));
-    let [photo, wanted] = ["turned.jpg", "upright.png"].map(|name| frames(&bench, &from_image(name)));
+    let [photo, wanted] =
+        ["turned.jpg", "upright.png"].map(|name| frames(&bench, &from_image(name)));
     assert!(photo == wanted);
 }
 
@@ -130,9 +129,11 @@ fn images_that_cannot_be_read_are_refused() {
     for name in ["folder.png", "empty.png", "text.png", "video.png", "missing.png"] {
         bench.refuses(&from_image(name), 3, &[name]);
     }
-    for (name, format) in
-        [("in.png", ImageFormat::Png), ("in.jpg", ImageFormat::Jpeg), ("in.webp", ImageFormat::WebP)]
-    {
+    for (name, format) in [
+        ("in.png", ImageFormat::Png),
+        ("in.jpg", ImageFormat::Jpeg),
+        ("in.webp", ImageFormat::WebP),
+    ] {
         let whole = encoded(picture(64, 64), format);
         for length in [1, 10, 30, whole.len() / 2] {
             bench.write(name, &whole[..length]);

@@ -98,7 +98,9 @@ fn damaged_configurations_are_named() {
         for content in ["", "{", "[1, 2]", "{}", "\u{0}\u{1}", "<!DOCTYPE html>"] {
             let model = bench.copy_model("sd3");
             fs::write(model.join(name), content).expect("written");
-            bench.refuses(&with_model(&bench), 4, &[name]);
+            // A whole file without any words is the tokenizer's fault, not the file's.
+            let named = name.strip_suffix("/vocab.json").unwrap_or(name);
+            bench.refuses(&with_model(&bench), 4, &[named]);
         }
     }
     let transformer = bench.copy_model("sd3").join(configs[0]);
@@ -122,8 +124,7 @@ fn truncated_weights_are_named() {
     let path = bench.copy_model("sd3").join(TRANSFORMER);
     let whole = fs::read(&path).expect("weights");
     let header = header_length(&whole);
-    let lengths =
-        [0, 1, 7, 8, 9, 100, header / 2, header - 1, header, header + 1, whole.len() / 2];
+    let lengths = [0, 1, 7, 8, 9, 100, header / 2, header - 1, header, header + 1, whole.len() / 2];
     for length in lengths.into_iter().chain([whole.len() - 1]) {
         fs::write(&path, &whole[..length]).expect("written");
         bench.refuses(&with_model(&bench), 4, &[TRANSFORMER]);
@@ -131,7 +132,10 @@ fn truncated_weights_are_named() {
     fs::write(&path, [whole.as_slice(), b"more"].concat()).expect("written");
     bench.refuses(&with_model(&bench), 4, &[TRANSFORMER]);
 
-    for name in ["causal_video_vae/diffusion_pytorch_model.bin", "text_encoder_2/model-00002-of-00002.safetensors"] {
+    for name in [
+        "causal_video_vae/diffusion_pytorch_model.bin",
+        "text_encoder_2/model-00002-of-00002.safetensors",
+    ] {
         let path = bench.copy_model("flux").join(name);
         let whole = fs::read(&path).expect("weights");
         for length in [0, 10, whole.len() / 3, whole.len() - 1] {
@@ -174,7 +178,8 @@ fn a_header_without_limits_takes_no_memory() {
         bench.refuses(&with_model(&bench), 4, &[TRANSFORMER]);
     }
     let deep = "[".repeat(100_000);
-    let overflow = r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296,16],"data_offsets":[0,0]}}"#;
+    let overflow =
+        r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296,16],"data_offsets":[0,0]}}"#;
     let reversed = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}"#;
     let negative = r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#;
     for header in [deep.as_str(), overflow, reversed, negative, "\u{ff}", "null"] {
@@ -203,10 +208,10 @@ fn weights_of_another_model_are_noticed() {
         4,
         &["CLIP-L", "of another shape", "layers.0.mlp.fc1.weight is", "layers.1.mlp.fc2.weight is"],
     );
-    for (layers, wrong) in [(3, "missing from"), (1, "unexpected")] {
+    for (layers, wrong) in [(3, "missing from"), (1, "not expected")] {
         let model = bench.copy_model("sd3");
         edit(&model.join(config), |c| c["num_layers"] = layers.into());
-        bench.refuses(&with_model(&bench), 4, &[TRANSFORMER, wrong, "transformer_blocks.1."]);
+        bench.refuses(&with_model(&bench), 4, &[TRANSFORMER, wrong, "\n  transformer_blocks.1."]);
     }
 }
 
@@ -225,7 +230,8 @@ fn a_pickle_may_import_nothing_foreign() {
         (entry.data_start().expect("stored") as usize, pickle)
     };
     // The same length, so that only the checksums have to follow.
-    let (from, to) = (b"ctorch._utils\n_rebuild_tensor_v2\n", b"cposix.system\n_rebuild_tensor_v2\n");
+    let (from, to) =
+        (b"ctorch._utils\n_rebuild_tensor_v2\n", b"cposix.system\n_rebuild_tensor_v2\n");
     let at = old.windows(from.len()).position(|w| w == from).expect("the usual import");
     let mut pickle = old.clone();
     pickle[at..at + to.len()].copy_from_slice(to);

@@ -1,7 +1,7 @@
 //! Prompts and numbers: right ones work, wrong ones are refused with what is possible.
 
-use std::os::unix::ffi::OsStringExt;
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 
 use crate::harness::{Bench, Generate};
 
