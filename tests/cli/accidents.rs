@@ -56,6 +56,31 @@ fn an_interrupt_keeps_the_units() {
 }
 
 #[test]
+fn an_interrupt_of_the_decoder_leaves_no_video() {
+    let bench = Bench::new();
+    let run = stop(&bench, &long(), "INT", has("out.mp4.units/unit-0004.safetensors"));
+    run.fails(130, &["--resume goes on"]);
+    let left = bench.files();
+    assert!(left.iter().all(|f| f.starts_with("out.mp4.units/")), "{left:?}");
+    assert_eq!(left.len(), 7, "the folder, its description and five units: {left:?}");
+    bench.generate(&long().flag("--resume")).ok();
+    assert_eq!(bench.files(), ["out.mp4"]);
+}
+
+#[test]
+fn a_second_interrupt_ends_at_once() {
+    let bench = Bench::new();
+    let mut running = bench.start(bench.command(long().args()));
+    assert!(running.wait_for(has(FIRST_UNIT)));
+    running.signal("INT");
+    running.signal("INT");
+    let run = running.finish();
+    run.check(run.code() == Some(130), "exit code 130");
+    assert!(bench.path(FIRST_UNIT).exists() && !bench.path("out.mp4").exists());
+    bench.generate(&long().flag("--resume")).ok();
+}
+
+#[test]
 fn a_kill_at_any_moment_costs_one_unit_at_most() {
     let bench = Bench::new();
     let ask = long();

@@ -126,7 +126,7 @@ fn images_that_cannot_be_read_are_refused() {
     bench.write("empty.png", "");
     bench.write("text.png", "hello, I am no image at all");
     bench.write("video.png", b"\0\0\0\x20ftypisom\0\0\0\0isomavc1");
-    for name in ["folder.png", "empty.png", "text.png", "video.png", "missing.png"] {
+    for name in ["folder.png", "empty.png", "text.png", "video.png", "missing.png", "/dev/zero"] {
         bench.refuses(&from_image(name), 3, &[name]);
     }
     for (name, format) in [

@@ -30,6 +30,10 @@ fn places_that_cannot_be_written_are_refused() {
     for (output, code, parts) in refused {
         bench.refuses(&Generate::to(*output), *code, parts);
     }
+    bench.write("taken.mp4.units", "mine");
+    bench.refuses(&Generate::to("taken.mp4"), 7, &["taken.mp4.units"]);
+    let store = Generate::new().set("--store", "file/store");
+    bench.refuses(&store, 7, &["file/store", "another folder for converted weights"]);
     bench.refuses(&Generate::to("-"), 2, &["--json", "standard output"]);
     let resumed = Generate::to("-").flag("--resume");
     bench.generate(&resumed).fails(2, &["no units are kept", "--resume"]);

@@ -146,6 +146,8 @@ fn tiles_are_used_where_they_are_smaller_than_the_frame() {
     let tiled = frames(&bench, &ask.clone().flag("--tile=64"));
     assert_eq!(whole.len(), tiled.len());
     assert!(whole != tiled, "group norms see one tile");
+    // Tiles of four sizes take turns, the whole ones more than once.
+    assert!(frames(&bench, &ask.clone().flag("--tile=64")) == tiled, "the same every time");
     assert!(frames(&bench, &ask.flag("--tile")) == whole, "one tile of 256 holds the frame");
 }
 
