@@ -4,6 +4,7 @@
 //! media`. Models know no backend, the executor knows no model.
 
 pub mod checkpoint;
+pub mod demo;
 pub mod error;
 pub mod exec;
 pub mod graph;

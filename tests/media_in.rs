@@ -181,7 +181,7 @@ fn every_exif_orientation_is_turned_upright() {
 #[test]
 fn grey_sixteen_bit_and_palette_become_rgb() {
     let directory = TempDir::new().unwrap();
-    let cases: [(&str, Vec<u8>, [[u8; 3]; 2]); 5] = [
+    let cases = [
         (
             "grey",
             png_bytes((2, 1), (ColorType::Grayscale, BitDepth::Eight), &[7, 250], |_| ()),

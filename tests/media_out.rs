@@ -263,7 +263,9 @@ fn assert_near(decoded: &DecodedYUV<'_>, want: &Frame) {
         }
     }
     let psnr = squares.map(|sum| 10.0 * (255f64.powi(2) * (rows * columns) as f64 / sum).log10());
-    assert!(psnr.iter().all(|&db| db > 40.0), "{psnr:.1?} dB");
+    // The encoder's own test asks for 42 dB in each plane; the largest gain of the matrix,
+    // 255 · √(219⁻² + (1.8556 / 224)²) = 2.4 for blue, takes 7.6 dB of that.
+    assert!(psnr.iter().all(|&db| db > 42.0 - 7.6), "{psnr:.1?} dB");
 }
 
 #[test]

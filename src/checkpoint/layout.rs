@@ -134,6 +134,9 @@ impl Component {
 /// of other origin in the same folder may have other sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub enum Variant {
+    /// 128×128, up to 9 latent frames (2.7 s): the model built into the program.
+    #[serde(rename = "128p")]
+    P128,
     /// 640×384 and 384×640, up to 16 latent frames (5 s).
     #[serde(rename = "384p")]
     P384,
@@ -146,12 +149,14 @@ pub enum Variant {
 }
 
 impl Variant {
-    /// All variants that are published.
-    pub const ALL: [Variant; 3] = [Variant::P384, Variant::P768, Variant::Image];
+    /// All variants: the three that are published, and the built-in model's.
+    pub const ALL: [Variant; 4] =
+        [Variant::P128, Variant::P384, Variant::P768, Variant::Image];
 
-    /// `384p`, `768p` or `image`.
+    /// `384p`, `768p` or `image`, as published, or `128p`.
     pub fn name(self) -> &'static str {
         match self {
+            Variant::P128 => "128p",
             Variant::P384 => "384p",
             Variant::P768 => "768p",
             Variant::Image => "image",
@@ -165,6 +170,7 @@ impl Variant {
 
     fn folder(self) -> &'static str {
         match self {
+            Variant::P128 => "diffusion_transformer_128p",
             Variant::P384 => "diffusion_transformer_384p",
             Variant::P768 => "diffusion_transformer_768p",
             Variant::Image => "diffusion_transformer_image",
@@ -174,6 +180,7 @@ impl Variant {
     /// Frame sizes it was trained for, as (width, height) in pixels.
     pub fn sizes(self) -> &'static [(usize, usize)] {
         match self {
+            Variant::P128 => &[(128, 128)],
             Variant::P384 => &[(640, 384), (384, 640)],
             Variant::P768 => &[(1280, 768), (768, 1280)],
             Variant::Image => &[(1024, 1024), (1280, 768), (768, 1280)],
@@ -184,6 +191,7 @@ impl Variant {
     /// frames of video.
     pub fn max_latent_frames(self) -> usize {
         match self {
+            Variant::P128 => 9,
             Variant::P384 => 16,
             Variant::P768 => 31,
             Variant::Image => 1,

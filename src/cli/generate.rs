@@ -18,9 +18,9 @@ pub struct Args {
     #[command(flatten)]
     video: VideoArgs,
 
-    /// Folder of a checkpoint in the published layout
+    /// Folder of a checkpoint in the published layout [default: the small built-in model]
     #[arg(long, value_name = "DIR", env = "PYRAFLOW_MODEL")]
-    model: PathBuf,
+    model: Option<PathBuf>,
 
     /// Which transformer of the checkpoint: 384p, 768p or image [default: by size]
     #[arg(long, value_name = "NAME")]
@@ -97,9 +97,13 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::input("there is no prompt")
             .hint("say what to show, as in: pyraflow generate \"a fox runs through snow\""));
     }
+    let model = match &args.model {
+        Some(model) => model.clone(),
+        None => pyraflow::demo::folder()?,
+    };
     let by_size = args.video.variant_of_size();
-    let variant = choose_variant(&args.model, args.variant.as_deref(), by_size);
-    let checkpoint = Checkpoint::open(&args.model, variant.as_deref())?;
+    let variant = choose_variant(&model, args.variant.as_deref(), by_size);
+    let checkpoint = Checkpoint::open(&model, variant.as_deref())?;
     let mut request = Request::new(&checkpoint, &prompt, args.video.first_image());
     args.video.apply(&mut request)?;
     request.seed = args.seed.unwrap_or_else(random_seed);
@@ -114,6 +118,9 @@ pub fn run(args: Args) -> Result<()> {
         _ => Mode::People,
     };
     let mut console = Console::new(mode)?;
+    if args.model.is_none() && mode == Mode::People {
+        eprintln!("using the small built-in model (coloured shapes, 128x128); --model names another");
+    }
     console.start(&request, &args.output)?;
     let store = args.store.map_or_else(StoreOptions::default, StoreOptions::below);
     let pipeline = Pipeline::open(checkpoint, Box::new(Cpu::new()), &store, &mut console)?;

@@ -73,8 +73,12 @@ fn published(name: &str) -> Option<(Family, Variant)> {
         _ => return None,
     };
     let variant = Variant::from_name(variant)?;
-    // sd3 was published without an image model.
-    (family == Family::Miniflux || variant != Variant::Image).then_some((family, variant))
+    let exists = match variant {
+        Variant::P128 => false,
+        Variant::Image => family == Family::Miniflux,
+        Variant::P384 | Variant::P768 => true,
+    };
+    exists.then_some((family, variant))
 }
 
 fn table(request: &Request, phases: &[PhasePlan]) -> String {

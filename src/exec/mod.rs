@@ -6,7 +6,7 @@
 
 mod cpu;
 
-pub use cpu::{Cpu, gemm_into};
+pub use cpu::{Cpu, Operand, gemm_into};
 
 use std::sync::Arc;
 

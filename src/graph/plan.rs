@@ -21,7 +21,7 @@ pub struct Lifetime {
     /// Size in bytes.
     pub bytes: u64,
     /// Nodes during which the memory must be kept: from the first that touches it to one
-    /// past the last.
+    /// past the last; an output's go on past the last node of the graph.
     pub nodes: Range<usize>,
 }
 
@@ -43,14 +43,31 @@ impl Plan {
 
     /// Plans `graph` on a backend that stores elements of a type in `storage(type)` bytes.
     pub fn new(graph: &Graph, storage: impl Fn(DType) -> usize) -> Plan {
+        Self::with(graph, storage, true)
+    }
+
+    /// A plan in which no two tensors share memory: what sharing must not change.
+    pub fn unshared(graph: &Graph, storage: impl Fn(DType) -> usize) -> Plan {
+        Self::with(graph, storage, false)
+    }
+
+    fn with(graph: &Graph, storage: impl Fn(DType) -> usize, share: bool) -> Plan {
         let bytes_of = |id: TensorId| {
             let t = graph.tensor(id);
             t.len() as u64 * storage(t.dtype) as u64
         };
         let mut lifetimes = spans(graph, &bytes_of);
         let total_bytes = lifetimes.iter().map(|l| l.bytes).sum();
-        let owner = reuse_inputs(graph, &mut lifetimes);
-        place(&mut lifetimes, &owner);
+        if share {
+            let owner = reuse_inputs(graph, &lifetimes);
+            place(&mut lifetimes, &owner);
+        } else {
+            let mut end = 0u64;
+            for lifetime in &mut lifetimes {
+                lifetime.offset = end.next_multiple_of(Self::ALIGNMENT);
+                end = lifetime.offset + lifetime.bytes;
+            }
+        }
 
         let mut by_root = vec![None; graph.tensors().len()];
         for (i, lifetime) in lifetimes.iter().enumerate() {
@@ -114,7 +131,8 @@ fn spans(graph: &Graph, bytes_of: &dyn Fn(TensorId) -> u64) -> Vec<Lifetime> {
             continue;
         }
         if tensor.role == Role::Output {
-            nodes.end = graph.nodes().len();
+            // Past the last node, so that not even that one may take its place.
+            nodes.end = graph.nodes().len() + 1;
         }
         let root = TensorId(i as u32);
         lifetimes.push(Lifetime { root, offset: 0, bytes: bytes_of(root), nodes });
@@ -123,12 +141,10 @@ fn spans(graph: &Graph, bytes_of: &dyn Fn(TensorId) -> u64) -> Vec<Lifetime> {
 }
 
 /// Lets outputs take the place of dying inputs. Returns, for each lifetime, the index of
-/// the one whose memory it uses (itself if none), and extends the owner's life.
-fn reuse_inputs(graph: &Graph, lifetimes: &mut [Lifetime]) -> Vec<usize> {
+/// the one whose memory it uses (itself if none).
+fn reuse_inputs(graph: &Graph, lifetimes: &[Lifetime]) -> Vec<usize> {
     let mut owner: Vec<usize> = (0..lifetimes.len()).collect();
-    let find = |lifetimes: &[Lifetime], root: TensorId| {
-        lifetimes.binary_search_by_key(&root, |l| l.root).ok()
-    };
+    let find = |root: TensorId| lifetimes.binary_search_by_key(&root, |l| l.root).ok();
     // End of each owner's own and inherited life.
     let mut end: Vec<usize> = lifetimes.iter().map(|l| l.nodes.end).collect();
     for (step, node) in graph.nodes().iter().enumerate() {
@@ -137,7 +153,7 @@ fn reuse_inputs(graph: &Graph, lifetimes: &mut [Lifetime]) -> Vec<usize> {
         };
         let (from, to) = (graph.tensor(input), graph.tensor(node.output));
         let whole = from.len() == graph.tensor(from.root).len() && to.root == node.output;
-        let (Some(i), Some(o)) = (find(lifetimes, from.root), find(lifetimes, to.root)) else {
+        let (Some(i), Some(o)) = (find(from.root), find(to.root)) else {
             continue;
         };
         let owner_of_input = owner[i];

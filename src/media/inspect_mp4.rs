@@ -24,13 +24,13 @@ pub(super) fn inspect(
     max_comment: usize,
 ) -> Result<MediaInfo, Unreadable> {
     let index = find_index(reader)?;
-    let tracks = children(&index).filter(|(kind, _)| *kind == Trak::KIND).map(|(_, body)| body);
-    let video = tracks.filter_map(|track| Track::read(track)).next();
+    let mut tracks = children(&index).filter(|(kind, _)| *kind == Trak::KIND).map(|(_, body)| body);
+    let video = tracks.find_map(Track::read);
     let track = video.ok_or(Unreadable::Content("the mp4 file has no video track"))?;
     let comment = at(&index, &[Udta::KIND, Meta::KIND])
         // A `meta` box begins with its version, four bytes.
         .and_then(|meta| at(meta.get(4..)?, &[Ilst::KIND, Desc::KIND]))
-        .and_then(|body| leaf::<Desc>(body))
+        .and_then(leaf::<Desc>)
         .map(|description| description.text)
         .filter(|text| text.len() <= max_comment);
     Ok(MediaInfo {

@@ -101,7 +101,7 @@ impl Request {
             _ => 7.0,
         };
         let from_image = image.is_some();
-        Request {
+        let request = Request {
             prompt: prompt.to_string(),
             suffix: PUBLISHED_SUFFIX.to_string(),
             negative: PUBLISHED_NEGATIVE.to_string(),
@@ -116,6 +116,24 @@ impl Request {
             linear_guidance: None,
             seed: 0,
             tiling: None,
+        };
+        match variant {
+            Variant::P128 => request.for_the_demo_model(),
+            _ => request,
+        }
+    }
+
+    /// The settings that suit the built-in model, see its card: it was trained without
+    /// suffix and negative prompt, and a small model takes little guidance.
+    fn for_the_demo_model(self) -> Request {
+        Request {
+            suffix: String::new(),
+            negative: String::new(),
+            units: 7,
+            steps: [10; 3],
+            guidance: 2.0,
+            video_guidance: 2.0,
+            ..self
         }
     }
 

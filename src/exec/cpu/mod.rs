@@ -11,7 +11,7 @@ mod memory;
 mod norm;
 mod pointwise;
 
-pub use linear::gemm_into;
+pub use linear::{Operand, gemm_into};
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,6 +27,7 @@ use memory::{Buffer, Mat, MatMut};
 pub struct Cpu {
     activations: DType,
     poison: bool,
+    share: bool,
 }
 
 impl Default for Cpu {
@@ -38,18 +39,24 @@ impl Default for Cpu {
 impl Cpu {
     /// Activations in f32.
     pub fn new() -> Self {
-        Cpu { activations: DType::F32, poison: false }
+        Cpu { activations: DType::F32, poison: false, share: true }
     }
 
     /// Activations rounded to bf16 wherever a device would store them so: what bf16 costs.
     pub fn rounding_to_bf16() -> Self {
-        Cpu { activations: DType::Bf16, poison: false }
+        Cpu { activations: DType::Bf16, ..Self::new() }
     }
 
     /// Fills memory with NaN as soon as the plan frees it, so that a use after the end of
     /// a tensor's life shows.
     pub fn poisoning(mut self) -> Self {
         self.poison = true;
+        self
+    }
+
+    /// Gives every tensor memory of its own: what sharing must not change.
+    pub fn unshared(mut self) -> Self {
+        self.share = false;
         self
     }
 }
@@ -67,7 +74,11 @@ impl Backend for Cpu {
     }
 
     fn plan(&self, graph: &Graph) -> Plan {
-        Plan::new(graph, |_| ELEMENT)
+        if self.share {
+            Plan::new(graph, |_| ELEMENT)
+        } else {
+            Plan::unshared(graph, |_| ELEMENT)
+        }
     }
 
     fn open(&self, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>> {
@@ -154,7 +165,10 @@ impl Session for CpuSession {
         }
         let mut deaths = vec![Vec::new(); graph.nodes().len()];
         for lifetime in plan.lifetimes() {
-            deaths[lifetime.nodes.end - 1].push(lifetime.root);
+            // Outputs outlive the last node.
+            if let Some(dying) = deaths.get_mut(lifetime.nodes.end - 1) {
+                dying.push(lifetime.root);
+            }
         }
         let elements = plan.arena_bytes() as usize / ELEMENT;
         if self.arena.len() < elements {
@@ -195,7 +209,7 @@ impl Session for CpuSession {
             let run = Run { session: self, planned, node };
             run.execute().map_err(|e| e.at(format!("{} ({})", node.label, node.op.name())))?;
             if self.backend.poison {
-                self.poison(planned, step);
+                self.poison(planned, step)?;
             }
         }
         Ok(())
@@ -248,27 +262,25 @@ impl CpuSession {
         Ok(())
     }
 
-    fn poison(&self, planned: &Planned, step: usize) {
+    /// Fills what died with node `step` with NaN, unless another tensor took its place.
+    fn poison(&self, planned: &Planned, step: usize) -> Result<()> {
+        let lifetimes = planned.plan.lifetimes();
         for &root in &planned.deaths[step] {
-            let alive_elsewhere = planned.plan.lifetime(root).is_none_or(|dead| {
-                planned.plan.lifetimes().iter().any(|l| {
-                    l.root != root
-                        && l.nodes.contains(&(step + 1).min(planned.graph.nodes().len() - 1))
-                        && l.nodes.contains(&step)
-                        && l.offset < dead.offset + dead.bytes
-                        && dead.offset < l.offset + l.bytes
-                })
+            let Some(dead) = planned.plan.lifetime(root) else { continue };
+            let taken = lifetimes.iter().any(|l| {
+                let overlaps =
+                    l.offset < dead.offset + dead.bytes && dead.offset < l.offset + l.bytes;
+                overlaps && l.nodes.contains(&step) && l.nodes.contains(&(step + 1))
             });
-            let output = planned.graph.tensor(root).role == Role::Output;
-            if !alive_elsewhere && !output {
-                if let Ok(mat) = self.place(planned, root) {
-                    // SAFETY: the plan says nothing alive uses this memory any more, and
-                    // nodes run one after another.
-                    let mut mat = unsafe { mat.writable() };
-                    mat.for_each_row(|_, row| row.fill(f32::NAN));
-                }
+            if !taken {
+                let place = self.place(planned, root)?;
+                // SAFETY: by the plan nothing alive uses this memory any more, and nodes
+                // run one after another.
+                let mut place = unsafe { place.writable() };
+                place.for_each_row(|_, row| row.fill(f32::NAN));
             }
         }
+        Ok(())
     }
 }
 

@@ -1,0 +1,207 @@
+//! Properties of memory plans, on random graphs and on the real models.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use pyraflow::checkpoint::Family;
+use pyraflow::exec::{Backend, Cpu};
+use pyraflow::graph::{Activation, Epilogue, Graph, Op, Plan, TensorId};
+use pyraflow::models::dit::{Clip, Geometry, StepOutput};
+use pyraflow::models::vae::{Window, record_decoder};
+use pyraflow::pipeline::{Networks, record_step};
+use pyraflow::tensor::{DType, WeightSource, WeightView};
+use pyraflow::{Error, Result};
+
+/// Columns of every tensor in the random graphs.
+const COLUMNS: usize = 6;
+
+/// One weight, `[COLUMNS, COLUMNS]`, and one bias.
+struct Weights(Vec<u8>);
+
+impl WeightSource for Weights {
+    fn weight(&self, name: &str) -> Result<WeightView<'_>> {
+        let shape: &[usize] = match name {
+            "weight" => &[COLUMNS, COLUMNS],
+            "norm" => &[COLUMNS],
+            _ => return Err(Error::model(name)),
+        };
+        let bytes = &self.0[..4 * shape.iter().product::<usize>()];
+        Ok(WeightView { dtype: DType::F32, shape, bytes })
+    }
+}
+
+fn weights() -> Arc<Weights> {
+    let values = (0..COLUMNS * COLUMNS).map(|i| ((i * 7 % 11) as f32 - 5.0) / 9.0);
+    Arc::new(Weights(values.flat_map(f32::to_le_bytes).collect()))
+}
+
+/// What to record next: an op, which earlier tensors it uses (counted modulo how many there
+/// are) and which rows of the first.
+#[derive(Debug, Clone)]
+struct Choice {
+    op: u8,
+    first: usize,
+    second: usize,
+    half: bool,
+}
+
+fn choices() -> impl Strategy<Value = Vec<Choice>> {
+    let one = (0u8..5, any::<usize>(), any::<usize>(), any::<bool>());
+    let one = one.prop_map(|(op, first, second, half)| Choice { op, first, second, half });
+    prop::collection::vec(one, 1..40)
+}
+
+/// Records the choices; every few tensors are outputs.
+fn record(rows: usize, choices: &[Choice]) -> (Graph, Vec<String>) {
+    let mut g = Graph::new();
+    let weight = g.weight("weight", &[COLUMNS, COLUMNS]);
+    let norm = g.weight("norm", &[COLUMNS]);
+    let mut tensors = vec![g.input("input", &[rows, COLUMNS], DType::F32)];
+    let mut outputs = Vec::new();
+    for (i, choice) in choices.iter().enumerate() {
+        let whole = tensors[choice.first % tensors.len()];
+        let count = g.tensor(whole).rows();
+        let x = if choice.half && count > 1 { g.rows(whole, count / 2..count) } else { whole };
+        let count = g.tensor(x).rows();
+        let store = |epilogue| Op::Linear { parts: vec![(weight, None)], epilogue };
+        let fresh = match choice.op {
+            0 => Some(g.push(Op::Activate(Activation::Silu), &[x])),
+            1 => Some(g.push(Op::RmsNorm { weight: norm, eps: 1e-6 }, &[x])),
+            2 => Some(g.push(store(Epilogue::Store), &[x])),
+            _ => None,
+        };
+        match fresh {
+            Some(fresh) => tensors.push(fresh.expect("shapes fit")),
+            None => {
+                // Update another tensor in place, if one has the rows for it; never the
+                // input, which must be the same in every run.
+                let other = tensors[choice.second % tensors.len()];
+                let fits = other != tensors[0] && g.tensor(other).rows() >= count;
+                if fits && g.tensor(other).root != g.tensor(x).root {
+                    let place = g.rows(other, 0..count);
+                    g.push_into(store(Epilogue::Accumulate), &[x], place).expect("shapes fit");
+                }
+            }
+        }
+        if i % 5 == 4 {
+            let name = format!("output{i}");
+            let tensor = tensors[tensors.len() - 1];
+            if tensor != tensors[0] {
+                g.mark_output(&name, tensor);
+                outputs.push(name);
+            }
+        }
+    }
+    (g, outputs)
+}
+
+/// Runs the graph and returns all outputs' bits.
+fn run(backend: Cpu, g: &Graph, outputs: &[String], input: &[f32]) -> Vec<Vec<u32>> {
+    let mut session = backend.open(weights()).expect("session");
+    let graph = session.add(g.clone()).expect("plan");
+    let id = session.find(graph, "input").expect("input");
+    session.write(graph, id, input).expect("write");
+    session.run(graph).expect("run");
+    let read = |name: &String| {
+        let id = session.find(graph, name).expect("output");
+        session.read(graph, id).expect("read").iter().map(|v| v.to_bits()).collect()
+    };
+    outputs.iter().map(read).collect()
+}
+
+/// Whether the memory of two placements may overlap although both are alive at one node:
+/// only there, and only if it is where one takes the other's place.
+fn hands_over(g: &Graph, from: TensorId, to: TensorId, node: usize) -> bool {
+    let node = &g.nodes()[node];
+    node.op.may_reuse_input()
+        && node.output == to
+        && node.inputs.first().is_some_and(|&i| g.tensor(i).root == from)
+}
+
+fn check_no_overlap(g: &Graph, plan: &Plan) {
+    let lifetimes = plan.lifetimes();
+    for (i, a) in lifetimes.iter().enumerate() {
+        assert_eq!(a.offset % Plan::ALIGNMENT, 0);
+        assert!(a.offset + a.bytes <= plan.arena_bytes());
+        for b in &lifetimes[i + 1..] {
+            let (first, second) = if a.nodes.start <= b.nodes.start { (a, b) } else { (b, a) };
+            let together = second.nodes.start < first.nodes.end;
+            let apart = a.offset + a.bytes <= b.offset || b.offset + b.bytes <= a.offset;
+            if together && !apart {
+                let at = second.nodes.start;
+                assert!(
+                    first.nodes.end == at + 1 && hands_over(g, first.root, second.root, at),
+                    "{first:?} and {second:?} overlap"
+                );
+            }
+        }
+    }
+}
+
+/// The largest sum of what is alive at one node: no plan without hand-overs can be smaller.
+fn largest_live_set(plan: &Plan, nodes: usize) -> u64 {
+    let alive = |n| plan.lifetimes().iter().filter(move |l| l.nodes.contains(&n));
+    (0..nodes).map(|n| alive(n).map(|l| l.bytes).sum()).max().unwrap_or(0)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+
+    #[test]
+    fn plans_of_random_graphs(rows in 1usize..40, choices in choices()) {
+        let (g, outputs) = record(rows, &choices);
+        let plan = Cpu::new().plan(&g);
+        check_no_overlap(&g, &plan);
+        let apart = Cpu::new().unshared().plan(&g);
+        // Each placement is padded to the alignment, the last one excepted.
+        let padded = apart.arena_bytes().next_multiple_of(Plan::ALIGNMENT);
+        prop_assert!(plan.arena_bytes() <= padded);
+        prop_assert_eq!(plan.total_bytes(), apart.total_bytes());
+
+        let input: Vec<f32> = (0..rows * COLUMNS).map(|i| (i % 13) as f32 / 6.0 - 1.0).collect();
+        let expected = run(Cpu::new().unshared(), &g, &outputs, &input);
+        prop_assert_eq!(&run(Cpu::new(), &g, &outputs, &input), &expected);
+        prop_assert_eq!(&run(Cpu::new().poisoning(), &g, &outputs, &input), &expected);
+    }
+}
+
+/// The largest graphs of a 5-second video at 768p.
+fn real_graphs(family: Family) -> Vec<Graph> {
+    let networks = Networks::published(family);
+    let clip = |frames, halvings: u32| Clip {
+        frames,
+        height: 96 >> halvings,
+        width: 160 >> halvings,
+    };
+    let geometry = Geometry {
+        text_tokens: vec![128, 128],
+        history: vec![clip(13, 2), clip(1, 1), clip(1, 0)],
+        current: clip(1, 0),
+        separate_latents: false,
+    };
+    let step = record_step(&networks.transformer, &geometry, StepOutput::EulerStep, DType::Bf16);
+    let window = Window { frames: 1, height: 96, width: 160, continues: true, carries: true };
+    let decoder = record_decoder(&networks.vae, window, DType::Bf16);
+    vec![step.expect("graph"), decoder.expect("graph")]
+}
+
+#[test]
+fn plans_of_the_real_models() {
+    for family in [Family::Sd3, Family::Miniflux] {
+        for g in real_graphs(family) {
+            let plan = Plan::new(&g, DType::bytes);
+            check_no_overlap(&g, &plan);
+            let share = plan.arena_bytes() as f64 / plan.total_bytes() as f64;
+            let floor = largest_live_set(&plan, g.nodes().len()) as f64 / plan.arena_bytes() as f64;
+            println!(
+                "{family}: {:.1} of {:.1} MiB, {:.1} % of the sum, live set {:.0} % of the peak",
+                plan.arena_bytes() as f64 / 1048576.0,
+                plan.total_bytes() as f64 / 1048576.0,
+                100.0 * share,
+                100.0 * floor
+            );
+            assert!(share < 1.0 / 3.0, "{family}: the peak is {share} of the sum");
+            assert!(floor > 0.9, "{family}: more than a tenth of the arena is fragmentation");
+        }
+    }
+}
