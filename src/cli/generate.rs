@@ -119,7 +119,9 @@ pub fn run(args: Args) -> Result<()> {
     };
     let mut console = Console::new(mode)?;
     if args.model.is_none() && mode == Mode::People {
-        eprintln!("using the small built-in model (coloured shapes, 128x128); --model names another");
+        super::say(
+            "using the small built-in model (coloured shapes, 128x128); --model names another",
+        );
     }
     console.start(&request, &args.output)?;
     let store = args.store.map_or_else(StoreOptions::default, StoreOptions::below);

@@ -40,7 +40,7 @@ impl Tiling {
     /// # Errors
     /// [`crate::ErrorKind::Input`] if it is zero or no multiple of 32.
     pub fn new(tile: usize) -> Result<Tiling> {
-        if tile == 0 || tile % (4 * FACTOR) != 0 {
+        if tile == 0 || !tile.is_multiple_of(4 * FACTOR) {
             return Err(Error::input(format!("tiles of {tile} pixels cannot be used"))
                 .hint("use a multiple of 32; the published size is 256"));
         }

@@ -233,7 +233,7 @@ fn help_and_version_work_and_unknown_arguments_do_not() {
     assert!(bench.run(["--version"]).ok().text().starts_with("pyraflow "));
     bench.run(["generate", "--fps", "30"]).fails(2, &["--fps"]);
     bench.run(["paint"]).fails(2, &["paint"]);
-    bench.generate(&Generate::new().without("--model")).fails(2, &["--model"]);
+    bench.run(["plan"]).fails(2, &["--model"]);
 }
 
 #[test]
