@@ -30,23 +30,23 @@ pub struct VideoArgs {
     pub seconds: Option<f64>,
 
     /// Length in frames, 1 + a multiple of 8
-    #[arg(long, group = "length", value_name = "N")]
+    #[arg(long, group = "length", value_name = "N", allow_negative_numbers = true)]
     pub frames: Option<u32>,
 
     /// Length in latent frames; N of them are 8·(N − 1) + 1 frames
-    #[arg(long, group = "length", value_name = "N")]
+    #[arg(long, group = "length", value_name = "N", allow_negative_numbers = true)]
     pub units: Option<usize>,
 
     /// Size: 384p (640x384), 768p (1280x768) or WxH in multiples of 64 [default: the model's]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     pub size: Option<Size>,
 
     /// Steps of the three stages for the first frame, or one number for all three
-    #[arg(long, value_name = "A,B,C")]
+    #[arg(long, value_name = "A,B,C", allow_hyphen_values = true)]
     pub steps: Option<Steps>,
 
     /// Steps of the three stages for the other frames
-    #[arg(long, value_name = "A,B,C")]
+    #[arg(long, value_name = "A,B,C", allow_hyphen_values = true)]
     pub video_steps: Option<Steps>,
 
     /// Guidance of the first frame; 0 for none at all

@@ -35,7 +35,7 @@ pub struct Args {
     overwrite: bool,
 
     /// Seed of the noise [default: a random one, which is printed]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     seed: Option<u64>,
 
     /// Go on with an interrupted run of the same settings
@@ -68,6 +68,10 @@ pub struct Args {
     quiet: bool,
 }
 
+/// Most threads that can be asked for: more than any machine has cores, few enough to start
+/// at once.
+const MAX_THREADS: usize = 1024;
+
 /// Generates a video.
 pub fn run(args: Args) -> Result<()> {
     if args.device == Device::Cuda {
@@ -78,6 +82,10 @@ pub fn run(args: Args) -> Result<()> {
     let mut output = Output::to(&args.output)?;
     if args.json && output.target == OutputTarget::Stdout {
         return Err(Error::usage("--json and the video cannot both go to standard output"));
+    }
+    if (args.resume || args.keep_units) && output.units.is_none() {
+        return Err(Error::usage("no units are kept of a video on standard output")
+            .hint("name a file with --output to use --resume or --keep-units"));
     }
     (output.overwrite, output.resume) = (args.overwrite, args.resume);
     output.keep_units = args.keep_units;
@@ -101,6 +109,7 @@ pub fn run(args: Args) -> Result<()> {
     request.seed = args.seed.unwrap_or_else(random_seed);
     // Before the weights are touched: converting them can take minutes.
     let (_, spec) = request.resolve()?;
+    request.check_positions(checkpoint.transformer())?;
     pyraflow::media::check_target(&output.target, &spec, output.overwrite)?;
 
     let mode = match (args.json, args.quiet) {
@@ -110,8 +119,8 @@ pub fn run(args: Args) -> Result<()> {
     };
     let mut console = Console::new(mode)?;
     if args.model.is_none() && mode == Mode::People {
-        eprintln!(
-            "using the small built-in model (coloured shapes, 128x128); --model names another"
+        super::say(
+            "using the small built-in model (coloured shapes, 128x128); --model names another",
         );
     }
     console.start(&request, &args.output)?;
@@ -122,8 +131,9 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 fn set_threads(threads: usize) -> Result<()> {
-    if threads == 0 {
-        return Err(Error::usage("--threads 0: at least one thread is needed"));
+    if !(1..=MAX_THREADS).contains(&threads) {
+        return Err(Error::usage(format!("cannot use {threads} threads"))
+            .hint(format!("ask for 1 to {MAX_THREADS}")));
     }
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)

@@ -24,6 +24,10 @@ pub fn run(args: &Args) -> Result<()> {
         .map_err(|e| Error::io("cannot open", &args.path, e).of_kind(ErrorKind::Input))?;
     if metadata.is_dir() {
         let summary = Summary::read(&args.path);
+        if summary.family.is_none() && summary.components.is_empty() {
+            return Err(Error::model(format!("{} holds no checkpoint", args.path.display()))
+                .hint("name the folder that holds diffusion_transformer_768p or the like"));
+        }
         let text = if args.json { format!("{:#}\n", json!(summary)) } else { checkpoint(&summary) };
         return super::print(&text);
     }

@@ -39,13 +39,20 @@ pub fn run() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            say(&format!("error: {error}"));
             if let Some(hint) = error.hint_text() {
-                eprintln!("  hint: {hint}");
+                say(&format!("  hint: {hint}"));
             }
             ExitCode::from(error.kind().exit_code())
         }
     }
+}
+
+/// Writes a line for people to standard error. Where nobody can read it there is nobody to
+/// tell: unlike `eprintln!` this does not panic.
+fn say(line: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Writes to standard output; a reader that went away is no reason to panic.

@@ -64,10 +64,10 @@ impl Console {
         match self.mode {
             Mode::Json => json_line(&json!({
                 "event": "start", "seed": request.seed, "width": request.width,
-                "height": request.height, "units": request.units, "output": output,
+                "height": request.height, "units": request.units, "output": output.display().to_string(),
             })),
             Mode::People => {
-                eprintln!("seed {}", request.seed);
+                super::say(&format!("seed {}", request.seed));
                 Ok(())
             }
             Mode::Quiet => Ok(()),
@@ -79,19 +79,20 @@ impl Console {
         self.bar.finish_and_clear();
         match self.mode {
             Mode::Json => json_line(&json!({
-                "event": "done", "output": output, "frames": spec.frames, "seconds": timings,
+                "event": "done", "output": output.display().to_string(), "frames": spec.frames,
+                "seconds": timings,
             })),
             Mode::People => {
                 let Timings { loading, text, image, sampling, decoding } = timings;
                 let total = loading + text + image + sampling + decoding;
-                eprintln!(
+                super::say(&format!(
                     "wrote {}: {} frames of {}x{} in {total:.1} s (loading {loading:.1}, text \
                      {text:.1}, image {image:.1}, sampling {sampling:.1}, decoding {decoding:.1})",
                     output.display(),
                     spec.frames,
                     spec.width,
                     spec.height,
-                );
+                ));
                 Ok(())
             }
             Mode::Quiet => Ok(()),
@@ -115,7 +116,9 @@ impl Console {
 
     fn show(&mut self, event: &Event) {
         match event {
-            Event::Warning { message } => self.bar.suspend(|| eprintln!("warning: {message}")),
+            Event::Warning { message } => {
+                self.bar.suspend(|| super::say(&format!("warning: {message}")));
+            }
             Event::Progress { phase, done, total, detail } => {
                 if self.phase != Some(*phase) {
                     self.phase = Some(*phase);

@@ -2,7 +2,7 @@
 //!
 //! A [`Backend`] opens [`Session`]s; a session holds the plans of graphs that belong
 //! together (the windows of a decoder, the stages of a transformer), one arena large enough
-//! for any of them, and the states that they pass on to each other by name.
+//! for any of them, and the states that they pass on to each other by name and size.
 
 mod cpu;
 

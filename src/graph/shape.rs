@@ -144,11 +144,11 @@ fn conv3d(check: &Checker<'_>, spec: &ConvSpec) -> Result<Vec<usize>> {
     let shape = match spec.shuffle {
         Shuffle::None => vec![t, h, w, c],
         Shuffle::Space => {
-            check.that(c % 4 == 0, "channels for the shuffle")?;
+            check.that(c.is_multiple_of(4), "channels for the shuffle")?;
             vec![t, 2 * h, 2 * w, c / 4]
         }
         Shuffle::Time { drop_first } => {
-            check.that(c % 2 == 0, "channels for the shuffle")?;
+            check.that(c.is_multiple_of(2), "channels for the shuffle")?;
             vec![2 * t - usize::from(drop_first), h, w, c / 2]
         }
     };

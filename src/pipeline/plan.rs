@@ -174,6 +174,7 @@ pub fn plan(
     backend: &dyn Backend,
 ) -> Result<Vec<PhasePlan>> {
     let (settings, _) = request.resolve()?;
+    request.check_positions(&networks.transformer)?;
     let dtype = backend.activations();
     let samples = if request.guidance > 0.0 { 2 } else { 1 };
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::checkpoint::{Checkpoint, Family, Variant};
+use crate::checkpoint::{Checkpoint, Family, TransformerConfig, Variant};
 use crate::media::{Fit, VideoSpec};
 use crate::models::vae::{FACTOR, video_frames};
 use crate::sampler::{LinearGuidance, Mode, Rounding, SamplerRequest};
@@ -40,7 +40,7 @@ impl Tiling {
     /// # Errors
     /// [`crate::ErrorKind::Input`] if it is zero or no multiple of 32.
     pub fn new(tile: usize) -> Result<Tiling> {
-        if tile == 0 || tile % (4 * FACTOR) != 0 {
+        if tile == 0 || !tile.is_multiple_of(4 * FACTOR) {
             return Err(Error::input(format!("tiles of {tile} pixels cannot be used"))
                 .hint("use a multiple of 32; the published size is 256"));
         }
@@ -171,6 +171,22 @@ impl Request {
         Ok((request, spec))
     }
 
+    /// Checks that the transformer has positions for every patch of a frame.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Input`] with the largest size the model can take.
+    pub fn check_positions(&self, config: &TransformerConfig) -> Result<()> {
+        // Rotary positions have no end; only learned tables do.
+        let TransformerConfig::Mmdit(config) = config else { return Ok(()) };
+        let most = config.pos_embed_max_size * config.patch_size * FACTOR;
+        if self.width.max(self.height) as usize <= most {
+            return Ok(());
+        }
+        let (width, height) = (self.width, self.height);
+        Err(Error::input(format!("this model cannot make frames of {width}x{height}"))
+            .hint(format!("it has positions for {most} pixels in each direction")))
+    }
+
     /// The prompt with its suffix.
     pub fn full_prompt(&self) -> String {
         format!("{}{}", self.prompt, self.suffix)
@@ -200,9 +216,9 @@ pub fn units_of_frames(frames: u32) -> Result<usize> {
         return Ok(frames as usize / FACTOR + 1);
     }
     let below = (frames.saturating_sub(1)) / 8 * 8 + 1;
-    let nearest = match frames {
-        0 => below.to_string(),
-        _ => format!("{below} or {}", below.saturating_add(8)),
+    let nearest = match below.checked_add(8) {
+        Some(above) if frames > 0 => format!("{below} or {above}"),
+        _ => below.to_string(),
     };
     Err(Error::input(format!("a video of {frames} frames cannot be generated"))
         .hint(format!("frames come as 1 + a multiple of 8; the nearest is {nearest}")))
@@ -218,7 +234,8 @@ pub fn units_of_seconds(seconds: f64) -> Result<usize> {
     const PER_SECOND: f64 = FRAME_RATE as f64 / FACTOR as f64;
     let steps = seconds * PER_SECOND;
     if !(0.0..1e6).contains(&steps) {
-        return Err(Error::input(format!("a video of {seconds} seconds cannot be generated")));
+        return Err(Error::input(format!("a video of {seconds:?} seconds cannot be generated"))
+            .hint("lengths are thirds of a second, from 0 on"));
     }
     // A third written with two digits is meant as a third.
     if (steps - steps.round()).abs() <= 0.005 * PER_SECOND {

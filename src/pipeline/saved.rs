@@ -88,7 +88,7 @@ impl SavedRun {
     pub fn save(&self, unit: usize, latent: &Latent) -> Result<()> {
         let shape = latent.shape();
         let bytes: Vec<u8> = latent.data().iter().flat_map(|v| v.to_le_bytes()).collect();
-        let metadata = HashMap::from([("sha256".to_string(), hash(&bytes))]);
+        let metadata = HashMap::from([("sha256".to_string(), self.hash(&bytes))]);
         let extents = vec![shape.frames, shape.height, shape.width, CHANNELS];
         let file = TensorView::new(Dtype::F32, extents, &bytes)
             .and_then(|view| safetensors::serialize([("latent", view)], Some(metadata)))
@@ -107,17 +107,31 @@ impl SavedRun {
         // Only what belongs to a run goes: the folder may hold a user's files as well.
         let entries =
             fs::read_dir(&self.folder).map_err(|e| Error::io("cannot read", &self.folder, e))?;
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with("unit-") || name.starts_with("run.json") {
-                let path = entry.path();
-                fs::remove_file(&path).map_err(|e| Error::io("cannot remove", &path, e))?;
-            }
+        let mut ours: Vec<PathBuf> = entries
+            .flatten()
+            .filter(|entry| {
+                let name = entry.file_name();
+                let name = name.to_string_lossy();
+                name.starts_with("unit-") || name.starts_with("run.json")
+            })
+            .map(|entry| entry.path())
+            .collect();
+        // The description last: killed in between, what is left still says whose it is.
+        ours.sort_by_key(|path| path.ends_with("run.json"));
+        for path in ours {
+            fs::remove_file(&path).map_err(|e| Error::io("cannot remove", &path, e))?;
         }
         // Fails if other files are there, which is fine.
         let _ = fs::remove_dir(&self.folder);
         Ok(())
+    }
+
+    /// The hash of a unit's values and of the run they belong to, so that neither a damaged
+    /// unit nor one of another run is ever taken for one of this.
+    fn hash(&self, values: &[u8]) -> String {
+        let identity = self.identity.to_string();
+        let digest = Sha256::new().chain_update(identity).chain_update(values).finalize();
+        digest.iter().map(|b| format!("{b:02x}")).collect()
     }
 
     fn read_unit(&self, unit: usize, shape: LatentShape) -> Option<Latent> {
@@ -132,7 +146,8 @@ impl SavedRun {
         let view = file.tensor("latent").ok()?;
         let wanted = [shape.frames, shape.height, shape.width, CHANNELS];
         let promised = header.metadata().as_ref()?.get("sha256")?;
-        if view.dtype() != Dtype::F32 || view.shape() != wanted || *promised != hash(view.data()) {
+        let whole = *promised == self.hash(view.data());
+        if view.dtype() != Dtype::F32 || view.shape() != wanted || !whole {
             return None;
         }
         let values = view
@@ -159,10 +174,6 @@ impl SavedRun {
 
 fn unit_name(unit: usize) -> String {
     format!("unit-{unit:04}.safetensors")
-}
-
-fn hash(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The settings in which two runs differ: "seed 1 there, 2 here".

@@ -121,7 +121,7 @@ pub(super) fn open(
     let size = plan.iter().map(Planned::bytes).sum::<usize>() as u64;
     let (folder, mut file) = location::create_in_first(&folders, name, size, source.label())?;
     write(&source, &plan, sources.clone(), file.as_file_mut(), progress)
-        .map_err(|e| e.at(format_args!("{} in bf16", source.label())))?;
+        .map_err(|e| e.at(format_args!("{} in bf16, in {}", source.label(), folder.display())))?;
     source.check_unchanged()?;
     reopen(file.path(), &source, &plan, &sources)
         .ok_or_else(|| Error::model("its header does not read back as it was written"))
@@ -219,7 +219,11 @@ fn write(
     file: &mut File,
     progress: Progress<'_>,
 ) -> Result<()> {
-    let failed = |e| Error::new(ErrorKind::Io, "cannot write the converted weights").because(e);
+    let failed = |e| {
+        Error::new(ErrorKind::Io, "cannot write the converted weights")
+            .because(e)
+            .hint("free some space, or name another folder with --store")
+    };
     // The checksum is known last but its length is, so the header is written twice.
     let mut record = Record { version: VERSION, sources, crc32: hex(0) };
     file.write_all(&header(plan, &record)?).map_err(failed)?;

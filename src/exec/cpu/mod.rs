@@ -103,7 +103,8 @@ struct CpuSession {
     weights: Arc<dyn WeightSource>,
     graphs: Vec<Option<Planned>>,
     arena: Buffer,
-    states: HashMap<String, Buffer>,
+    /// By name and length: graphs for tiles of several sizes take turns in one session.
+    states: HashMap<(String, usize), Buffer>,
     /// Convolution weights in the order the kernel reads them, by name.
     packed: HashMap<String, Arc<[f32]>>,
 }
@@ -152,14 +153,8 @@ impl Session for CpuSession {
                 Role::Input => drop(own.insert(id, Buffer::zeroed(tensor.len()))),
                 Role::Constant(c) => drop(own.insert(id, Buffer::from(&graph.constants()[*c]))),
                 Role::State => {
-                    let len = tensor.len();
-                    let state = self
-                        .states
-                        .entry(tensor.name.clone())
-                        .or_insert_with(|| Buffer::zeroed(len));
-                    if state.len() != len {
-                        *state = Buffer::zeroed(len);
-                    }
+                    let key = (tensor.name.clone(), tensor.len());
+                    self.states.entry(key).or_insert_with(|| Buffer::zeroed(tensor.len()));
                 }
                 Role::Intermediate | Role::Output => {}
             }
@@ -235,7 +230,7 @@ impl CpuSession {
         let root = planned.graph.tensor(t.root);
         let start = match &root.role {
             Role::Input | Role::Constant(_) => planned.own.get(&t.root).map(Buffer::start),
-            Role::State => self.states.get(&root.name).map(Buffer::start),
+            Role::State => self.states.get(&(root.name.clone(), root.len())).map(Buffer::start),
             Role::Intermediate | Role::Output => planned
                 .plan
                 .lifetime(t.root)

@@ -175,9 +175,9 @@ fn means_and_scales(
         });
         let variance = spread.sum::<f64>() / size as f64;
         let inverse = 1.0 / (variance + f64::from(eps)).sqrt();
-        for c in g * size..(g + 1) * size {
+        for weight in &weight[g * size..(g + 1) * size] {
             group_means.push(mean as f32);
-            scales.push((inverse * f64::from(weight[c])) as f32);
+            scales.push((inverse * f64::from(*weight)) as f32);
         }
     }
     (group_means, scales)

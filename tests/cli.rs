@@ -1,0 +1,17 @@
+//! The real binary, run on the small reference checkpoints: what works, what every wrong
+//! input is told, and that no accident costs more than one unit.
+
+#[path = "cli/accidents.rs"]
+mod accidents;
+#[path = "cli/harness.rs"]
+mod harness;
+#[path = "cli/images.rs"]
+mod images;
+#[path = "cli/models.rs"]
+mod models;
+#[path = "cli/outputs.rs"]
+mod outputs;
+#[path = "cli/settings.rs"]
+mod settings;
+#[path = "cli/works.rs"]
+mod works;
