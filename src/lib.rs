@@ -16,3 +16,8 @@ pub mod tensor;
 pub mod text;
 
 pub use error::{Error, ErrorKind, Result};
+
+/// The README's example is compiled with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

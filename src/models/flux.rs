@@ -2,7 +2,7 @@
 //! for text and image, then single blocks over both, rotary positions in time and space.
 
 use super::dit::{AdaNorm, Clip, Geometry, HEAD_SIZE, ModulationLayout, Step, StepOutput, Stream};
-use super::mmdit::{StreamNames, begin_block, joint_block};
+use super::joint::{Setup, StreamNames, begin_block, joint_block, start, stream_names};
 use super::positions::{interpolate, push_axis, span};
 use super::{ExpectedWeight, Record, collect_weights};
 use crate::Result;
@@ -29,24 +29,7 @@ pub fn modulation_layout(config: &FluxConfig) -> ModulationLayout {
 }
 
 /// Text, then image. The added norms are named otherwise than in sd3.
-const STREAMS: [StreamNames; 2] = [
-    StreamNames {
-        norm: "norm1_context",
-        qkv: ["add_q_proj", "add_k_proj", "add_v_proj"],
-        norm_q: "norm_added_q",
-        norm_k: "norm_added_k",
-        out: "to_add_out",
-        feed_forward: "ff_context",
-    },
-    StreamNames {
-        norm: "norm1",
-        qkv: ["to_q", "to_k", "to_v"],
-        norm_q: "norm_q",
-        norm_k: "norm_k",
-        out: "to_out.0",
-        feed_forward: "ff",
-    },
-];
+const STREAMS: [StreamNames; 2] = stream_names("norm_added_q", "norm_added_k");
 
 /// Records one call of the transformer; inputs as for the sd3 transformer.
 ///
@@ -59,28 +42,15 @@ pub fn record_step(
     dtype: DType,
 ) -> Result<Graph> {
     geometry.validate()?;
-    let d = config.width();
     let layout = modulation_layout(config);
-    let mut g = Graph::new();
-    let text = g.input("text", &[geometry.text_rows().len(), config.text_dim], dtype);
-    let modulation = g.input("modulation", &[geometry.samples(), layout.columns()], DType::F32);
-    let table = rotary_table(geometry, config.rope_axes);
-    let rope = g.constant("rope", &[geometry.rows(), HEAD_SIZE], table);
-    let x = g.empty(&[geometry.rows(), d], dtype);
-    let mut step = Step { g, geometry, layout: &layout, d, eps_qk: QK_EPS, modulation, rope };
-
-    step.g.scope("context_embedder");
-    let parts = vec![step.g.linear_weights("context_embedder", d, config.text_dim)];
-    let text_x = step.g.rows(x, geometry.text_rows());
-    step.g.push_into(Op::Linear { parts, epilogue: Epilogue::Store }, &[text], text_x)?;
+    let (d, text_dim) = (config.width(), config.text_dim);
+    let rope = rotary_table(geometry, config.rope_axes);
+    let setup = Setup { d, text_dim, eps_qk: QK_EPS, rope };
+    let (mut step, x, streams) = start(setup, geometry, &layout, dtype)?;
     step.g.scope("x_embedder");
     let patch = config.in_channels;
     let current = step.embed_latents("x_embedder", x, patch / 4, false, &[d, patch])?;
 
-    let streams = [
-        Stream { x: text_x, groups: geometry.groups_of_text() },
-        Stream { x: step.g.rows(x, geometry.image_rows()), groups: geometry.groups_of_image() },
-    ];
     for i in 0..config.layers {
         let name = format!("transformer_blocks.{i}");
         begin_block(&mut step, &name, |step| joint_block(step, &name, &streams, &STREAMS))?;

@@ -3,11 +3,12 @@
 //! (Pyramid Flow, arXiv 2410.05954; MMDiT, arXiv 2403.03206).
 
 use super::dit::{AdaNorm, Geometry, HEAD_SIZE, ModulationLayout, Step, StepOutput, Stream};
+use super::joint::{Setup, StreamNames, begin_block, joint_block, start, stream_names};
 use super::positions::{push_axis, span};
 use super::{ExpectedWeight, Record, collect_weights};
 use crate::Result;
 use crate::checkpoint::MmditConfig;
-use crate::graph::{Epilogue, Graph, Op, TensorId};
+use crate::graph::{Graph, Op, TensorId};
 use crate::tensor::DType;
 
 /// Epsilon of the query and key norms.
@@ -39,50 +40,29 @@ pub fn record_step(
     dtype: DType,
 ) -> Result<Graph> {
     geometry.validate()?;
-    let d = config.width();
     let layout = modulation_layout(config);
-    let mut g = Graph::new();
-    let text = g.input("text", &[geometry.text_rows().len(), config.text_dim], dtype);
-    let modulation = g.input("modulation", &[geometry.samples(), layout.columns()], DType::F32);
-    let rope = g.constant("rope", &[geometry.rows(), HEAD_SIZE], rotary_table(geometry));
-    let x = g.empty(&[geometry.rows(), d], dtype);
-    let mut step = Step { g, geometry, layout: &layout, d, eps_qk: QK_EPS, modulation, rope };
-
-    step.g.scope("context_embedder");
-    let parts = vec![step.g.linear_weights("context_embedder", d, config.text_dim)];
-    let text_x = step.g.rows(x, geometry.text_rows());
-    step.g.push_into(Op::Linear { parts, epilogue: Epilogue::Store }, &[text], text_x)?;
+    let (d, text_dim) = (config.width(), config.text_dim);
+    let setup = Setup { d, text_dim, eps_qk: QK_EPS, rope: rotary_table(geometry) };
+    let (mut step, x, streams) = start(setup, geometry, &layout, dtype)?;
     step.g.scope("pos_embed");
     let channels = config.in_channels;
     let patch = [d, channels, 2, 2];
     let current = step.embed_latents("pos_embed.proj", x, channels, true, &patch)?;
     add_positions(&mut step, config, x)?;
 
-    let streams = [
-        Stream { x: text_x, groups: geometry.groups_of_text() },
-        Stream { x: step.g.rows(x, geometry.image_rows()), groups: geometry.groups_of_image() },
-    ];
     for i in 0..config.layers {
         let name = format!("transformer_blocks.{i}");
         let last = i + 1 == config.layers;
         begin_block(&mut step, &name, |step| {
-            if last { last_block(step, &name, &streams, x) } else { block(step, &name, &streams) }
+            if last {
+                last_block(step, &name, &streams, x)
+            } else {
+                joint_block(step, &name, &streams, &STREAMS)
+            }
         })?;
     }
     step.finish(x, current, output)?;
     Ok(step.g)
-}
-
-/// Records `record` as a block of the step's graph.
-pub(super) fn begin_block(
-    step: &mut Step<'_>,
-    name: &str,
-    record: impl FnOnce(&mut Step<'_>) -> Result<()>,
-) -> Result<()> {
-    let first = step.g.open_block(name);
-    record(step)?;
-    step.g.close_block(name, first);
-    Ok(())
 }
 
 /// Every weight of the component.
@@ -143,74 +123,8 @@ fn add_positions(step: &mut Step<'_>, config: &MmditConfig, x: TensorId) -> Resu
     Ok(())
 }
 
-/// The names of the projections and norms of one stream's attention.
-pub(super) struct StreamNames {
-    pub norm: &'static str,
-    pub qkv: [&'static str; 3],
-    pub norm_q: &'static str,
-    pub norm_k: &'static str,
-    pub out: &'static str,
-    pub feed_forward: &'static str,
-}
-
 /// Text, then image.
-const STREAMS: [StreamNames; 2] = [
-    StreamNames {
-        norm: "norm1_context",
-        qkv: ["add_q_proj", "add_k_proj", "add_v_proj"],
-        norm_q: "norm_add_q",
-        norm_k: "norm_add_k",
-        out: "to_add_out",
-        feed_forward: "ff_context",
-    },
-    StreamNames {
-        norm: "norm1",
-        qkv: ["to_q", "to_k", "to_v"],
-        norm_q: "norm_q",
-        norm_k: "norm_k",
-        out: "to_out.0",
-        feed_forward: "ff",
-    },
-];
-
-fn block(step: &mut Step<'_>, name: &str, streams: &[Stream; 2]) -> Result<()> {
-    joint_block(step, name, streams, &STREAMS)
-}
-
-/// A block in which text and image attend to each other and both go on.
-pub(super) fn joint_block(
-    step: &mut Step<'_>,
-    name: &str,
-    streams: &[Stream; 2],
-    names: &[StreamNames; 2],
-) -> Result<()> {
-    let (d, rows, geometry) = (step.d, step.geometry.rows(), step.geometry);
-    let dtype = step.g.tensor(streams[0].x).dtype;
-    let qkv = step.g.empty(&[rows, 3 * d], dtype);
-    let ranges = [geometry.text_rows(), geometry.image_rows()];
-    for ((stream, names), range) in streams.iter().zip(names).zip(&ranges) {
-        let start = step.layout.start(&format!("{name}.{}", names.norm));
-        let n = step.modulate(stream, AdaNorm::first(start, d))?;
-        let place = step.g.rows(qkv, range.clone());
-        step.project(n, &names.qkv.map(|p| format!("{name}.attn.{p}")), place)?;
-        for (column, norm) in [(0, names.norm_q), (d, names.norm_k)] {
-            let heads = step.g.cols(place, span(column, d));
-            step.norm_heads(heads, range.start, &format!("{name}.attn.{norm}.weight"))?;
-        }
-    }
-    let [q, k, v] = [0, d, 2 * d].map(|column| step.g.cols(qkv, span(column, d)));
-    let attention = step.g.empty(&[rows, d], dtype);
-    step.attend([q, k, v], geometry.attention(), attention)?;
-    for ((stream, names), range) in streams.iter().zip(names).zip(ranges) {
-        let start = step.layout.start(&format!("{name}.{}", names.norm));
-        let part = step.g.rows(attention, range);
-        let out = format!("{name}.attn.{}", names.out);
-        step.add_gated(stream, &out, part, AdaNorm::first(start, d))?;
-        let feed_forward = format!("{name}.{}", names.feed_forward);
-        step.feed_forward(stream, &feed_forward, AdaNorm::second(start, d))?;
-    }
-    Ok(())
-}
+const STREAMS: [StreamNames; 2] = stream_names("norm_add_q", "norm_add_k");
 
 /// The last block: text only gives keys and values, and of the image only the current
 /// frame goes on, since nothing else reaches the output.

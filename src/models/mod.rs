@@ -4,6 +4,7 @@
 pub mod clip;
 pub mod dit;
 pub mod flux;
+mod joint;
 pub mod mmdit;
 mod positions;
 pub mod t5;

@@ -88,11 +88,10 @@ impl Pipeline {
             .map(|image| load_image(&image.path, request.width, request.height, image.fit))
             .transpose()?;
         let tokens = self.tokenize(request)?;
-        if let Some(positive) = tokens.last() {
-            for message in positive.losses() {
-                reporter.event(&Event::Warning {
-                    message: format!("the prompt is too long: {message}"),
-                });
+        for (name, tokens) in ["prompt", "negative prompt"].iter().zip(tokens.iter().rev()) {
+            for loss in tokens.losses() {
+                let message = format!("the {name} is too long: {loss}");
+                reporter.event(&Event::Warning { message });
             }
         }
         let saved = output
