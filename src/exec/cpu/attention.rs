@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::Run;
 use super::linear::{Operand, gemm_into};
 use super::memory::{Mat, MatMut, round};
+use super::pointwise::exp;
 use crate::Result;
 use crate::graph::{AttentionSpec, RelativeBias, Segment};
 use crate::tensor::DType;
@@ -121,12 +122,8 @@ impl Kernel<'_> {
         let (seen, hidden) = scores.split_at_mut(visible);
         hidden.fill(0.0);
         let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        for s in seen.iter_mut() {
-            *s = (*s - max).exp();
-            sum += *s;
-        }
-        let scale = 1.0 / sum;
+        seen.iter_mut().for_each(|s| *s = exp(*s - max));
+        let scale = 1.0 / seen.iter().sum::<f32>();
         seen.iter_mut().for_each(|s| *s *= scale);
     }
 }

@@ -18,7 +18,31 @@ pub(super) fn apply(activation: Activation, values: &mut [f32]) {
 }
 
 fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+    1.0 / (1.0 + exp(-x))
+}
+
+/// The exponential, in a form that compilers turn into vector instructions: activations and
+/// softmax would otherwise take as long as the matrix products around them.
+///
+/// `eˣ = 2ⁿ · eʳ` with `n = round(x / ln 2)` and `|r| ≤ ln 2 / 2`, where the Taylor series
+/// to the seventh power is exact to 6e-9. Arguments beyond those of normal results are
+/// taken as the nearest such; NaN stays NaN.
+pub(super) fn exp(x: f32) -> f32 {
+    // Adding 1.5·2²³ leaves the rounded number in the low bits of the sum.
+    const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts, the first with few enough bits that n times it is exact.
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    let x = x.clamp(-87.3, 88.3);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
+    let mut series = 1.0 / 5040.0;
+    for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        series = series * r + factor;
+    }
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    series * f32::from_bits(exponent << 23)
 }
 
 fn gelu_tanh(x: f32) -> f32 {
@@ -195,4 +219,24 @@ pub(super) fn guided_euler(run: &Run<'_>) -> Result<()> {
         round(dtype, x);
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp;
+
+    #[test]
+    fn exponential_is_exact_to_two_units_in_the_last_place() {
+        let mut worst = 0f64;
+        for i in -873_000..=883_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - exact).abs() / exact);
+        }
+        assert!(worst < 2.0 * f64::from(f32::EPSILON), "{worst:e}");
+        assert!(exp(f32::NAN).is_nan());
+        assert!(exp(-1e9) > 0.0 && exp(-1e9) < 1e-37);
+        assert!(exp(1e9) > 1e38);
+        assert_eq!(exp(0.0), 1.0);
+    }
 }
