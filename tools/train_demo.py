@@ -2,7 +2,7 @@
 
     python tools/train_demo.py --work DIR [--vae-steps N] [--steps N] [--export FOLDER]
 
-DIR keeps everything between sittings: log.jsonl, vae.pt, state-*.pt; a later call goes on from there. Each kind of
+DIR keeps everything between sittings: log.jsonl, vae-state.pt, vae.pt, state-*.pt; a later call goes on from there. Each kind of
 random number has its own seed. On a CPU it runs too, for a test with `--tiny`.
 """
 
@@ -60,7 +60,10 @@ class Training:
         trainer = vae_training.Trainer(self.device, args.seed, clips=args.vae_clips)
         self.log({"vae_pool": len(trainer.pool.pixels)})
         batches = [(2, 9, 64), (1, 17, 64)] if args.tiny and self.device == "cpu" else vae_training.BATCHES
-        trainer.run(args.vae_steps, batches, self.log, args.vae_seconds)
+        unfinished = self.work / "vae-state.pt"
+        if unfinished.exists():
+            trainer.restore(torch.load(unfinished, weights_only=True))
+        trainer.run(args.vae_steps, batches, self.log, args.vae_seconds, save=lambda state: save(state, unfinished))
         vae = trainer.averaged()
         self.log({"whitening": vae_training.fold_whitening(vae, self.device, 8 if args.tiny else 256,
                                                             frames=17 if args.tiny else 49)})
@@ -68,6 +71,7 @@ class Training:
         self.log({"reconstruction": vae_training.reconstruction(vae, self.device, 4 if args.tiny else 64,
                                                                 frames=9 if args.tiny else 49)})
         save({k: v.cpu() for k, v in vae.state_dict().items()}, path)
+        unfinished.unlink(missing_ok=True)
         return vae
 
     def judge_check(self, vae):

@@ -92,6 +92,7 @@ def learning_rate(step, steps, peak=1e-3, warm=150):
 class Trainer:
     def __init__(self, device, seed=0, clips=3000):
         torch.manual_seed(seed)
+        self.seed, self.done, self.steps = seed, 0, None
         self.device = device
         self.cuda = device != "cpu"
         self.pool = Pool(clips, seed + 1, device)
@@ -117,7 +118,7 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
         self.optimizer.step()
-        torch._foreach_lerp_(self.ema, list(self.vae.parameters()), 0.001)
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.vae.parameters()], 0.001)
         self.sums += torch.stack([loss.detach(), mse])
 
     def capture(self, batch):
@@ -150,26 +151,49 @@ class Trainer:
         mixed, whole = (sum(took[batches[i]] for i in order) / len(order) for order in (ORDER, WHOLE_ORDER))
         return 0.75 * mixed + 0.25 * whole
 
-    def run(self, steps, batches=BATCHES, log=print, seconds=None):
-        """Train for a number of steps, or for as many as fit into some seconds (on a GPU)."""
-        if self.cuda:
-            each = self.prepare(batches, log)
-            steps = int(seconds / each) if seconds else steps
-            log(json.dumps({"vae_steps": steps}))
-        began, counted = time.time(), 0
+    def run(self, steps, batches=BATCHES, log=print, seconds=None, save=None):
+        """Train up to a number of steps, or as many as fit into some seconds (on a GPU). Every few hundred steps the
+        loss is logged and `save` called with the state; a restored trainer goes on to the steps it was meant for."""
+        each = self.prepare(batches, log) if self.cuda else None
+        if self.steps is None:
+            self.steps = int(seconds / each) if seconds and each else steps
+        log(json.dumps({"vae_steps": self.steps, "from": self.done}))
+        began, counted, every = time.time(), 0, max(1, min(500, self.steps // 4))
         self.sums.zero_()
-        for i in range(steps):
-            self.rate.fill_(learning_rate(i, steps))
-            order = ORDER if i < 0.75 * steps else WHOLE_ORDER
-            batch = batches[order[i % len(order)] % len(batches)]
+        while self.done < self.steps:
+            self.rate.fill_(learning_rate(self.done, self.steps))
+            order = ORDER if self.done < 0.75 * self.steps else WHOLE_ORDER
+            batch = batches[order[self.done % len(order)] % len(batches)]
             self.graphs[batch].replay() if self.cuda else self.step(batch)
+            self.done += 1
             counted += 1
-            if (i + 1) % max(1, min(500, steps // 4)) == 0:
+            if self.done % every == 0:
                 loss, mse = (self.sums / counted).tolist()
                 self.sums.zero_()
                 counted = 0
-                log(json.dumps({"vae_step": i + 1, "loss": round(loss, 5), "psnr": round(-10 * math.log10(mse), 2),
+                log(json.dumps({"vae_step": self.done, "loss": round(loss, 5), "psnr": round(-10 * math.log10(mse), 2),
                                 "seconds": round(time.time() - began, 1)}))
+                if save:
+                    save(self.state())
+
+    def state(self):
+        moments = self.optimizer.state_dict()["state"]
+        return {"done": self.done, "steps": self.steps,
+                "model": [p.detach().cpu() for p in self.vae.parameters()], "ema": [p.cpu() for p in self.ema],
+                "moments": [{k: v.cpu() for k, v in moments[i].items()} for i in range(len(self.ema))]}
+
+    def restore(self, state):
+        """Go on from a saved state. To be called before the first step: it makes the optimizer's buffers."""
+        self.done, self.steps = state["done"], state["steps"]
+        torch.manual_seed(self.seed + self.done)
+        with torch.no_grad():
+            for i, p in enumerate(self.vae.parameters()):
+                p.copy_(state["model"][i])
+                self.ema[i].copy_(state["ema"][i])
+                # Where AdamW keeps its step count depends on its flavour.
+                place = {"step": self.device if self.cuda else "cpu"}
+                self.optimizer.state[p] = {k: v.to(place.get(k, p.device)).clone()
+                                           for k, v in state["moments"][i].items()}
 
     def averaged(self):
         """The model with its averaged weights."""
