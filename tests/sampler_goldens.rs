@@ -1,17 +1,18 @@
 //! The sampler against what the published implementation recorded: schedules, the sizes of
 //! history clips, block noise.
 
-mod common;
-
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use common::goldens;
 use pyraflow::sampler::history::level_shape;
 use pyraflow::sampler::{
     CHANNELS, Latent, LatentShape, NoiseSource, RecordedNoise, STAGES, Schedule, clips, stage_spans,
 };
 use safetensors::{Dtype, SafeTensors};
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
+}
 
 /// Equal but for the last bit or two, which the JSON reader does not promise to get right.
 fn same(a: f64, b: f64) -> bool {

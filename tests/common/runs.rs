@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use pyraflow::checkpoint::{Checkpoint, StoreOptions};
+use pyraflow::checkpoint::{Checkpoint, StoreOptions, Variant};
 use pyraflow::exec::Cpu;
 use pyraflow::media::{Fit, Frame};
 use pyraflow::pipeline::{
@@ -17,12 +17,19 @@ const WHOLE_RUN: f64 = 2e-5;
 /// Share of frame values that may differ, by 1 at most.
 const DIFFERENT_VALUES: f64 = 1e-3;
 
-/// Opens a checkpoint folder; converted weights do not go into it.
+/// Opens the checkpoint in `folder` with the transformer in the folder `variant`, else with
+/// the first there is.
+pub fn checkpoint(folder: &Path, variant: Option<&str>) -> Checkpoint {
+    let named = variant.and_then(|v| v.strip_prefix("diffusion_transformer_"));
+    let first = Variant::available(folder).first().map(|v| v.name());
+    Checkpoint::open(folder, named.or(first)).expect("checkpoint")
+}
+
+/// Opens all of a checkpoint; converted weights do not go into its folder.
 pub fn open(folder: &Path, variant: Option<&str>) -> Pipeline {
-    let variant = variant.and_then(|v| v.strip_prefix("diffusion_transformer_"));
-    let checkpoint = Checkpoint::open(folder, variant).expect("checkpoint");
     let store = tempfile::tempdir().expect("folder");
     let options = StoreOptions::below(store.path());
+    let checkpoint = checkpoint(folder, variant);
     Pipeline::open(checkpoint, Box::new(Cpu::new()), &options, &mut Quiet).expect("pipeline")
 }
 
