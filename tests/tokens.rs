@@ -13,8 +13,8 @@ use serde_json::Value;
 
 /// One tokenizer of either kind.
 enum Tokenizer {
-    Clip(ClipTokenizer),
-    T5(T5Tokenizer),
+    Clip(Box<ClipTokenizer>),
+    T5(Box<T5Tokenizer>),
 }
 
 /// The tokenizers of both model families in a folder with a checkpoint of each, under the
@@ -34,9 +34,9 @@ impl Tokenizers {
         let load = |(name, path): (&'static str, &str)| {
             let path = folder.join(path);
             let tokenizer = if name.starts_with("t5") {
-                Tokenizer::T5(T5Tokenizer::from_dir(path).unwrap())
+                Tokenizer::T5(Box::new(T5Tokenizer::from_dir(path).unwrap()))
             } else {
-                Tokenizer::Clip(ClipTokenizer::from_dir(path).unwrap())
+                Tokenizer::Clip(Box::new(ClipTokenizer::from_dir(path).unwrap()))
             };
             (name, tokenizer)
         };

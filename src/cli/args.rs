@@ -67,11 +67,12 @@ pub struct VideoArgs {
     )]
     pub linear_guidance: Option<Linear>,
 
-    /// What to avoid [default: the published negative prompt]
+    /// What to avoid [default: the published negative prompt; nothing for the built-in model]
     #[arg(long, value_name = "TEXT")]
     pub negative: Option<OsString>,
 
-    /// Appended to the prompt [default: ", hyper quality, Ultra HD, 8K"]
+    /// Appended to the prompt [default: ", hyper quality, Ultra HD, 8K"; nothing for the
+    /// built-in model]
     #[arg(long, value_name = "TEXT", conflicts_with = "no_suffix")]
     pub suffix: Option<OsString>,
 

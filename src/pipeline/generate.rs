@@ -13,6 +13,7 @@ use super::{
 };
 use crate::media::{Frame, Metadata, OutputTarget, check_target, load_image, open_sink};
 use crate::sampler::{Latent, PhiloxNoise};
+use crate::text::PUBLISHED_NEGATIVE;
 use crate::{Error, ErrorKind, Result};
 
 /// Where a video goes and what happens to what is there already.
@@ -88,7 +89,10 @@ impl Pipeline {
             .map(|image| load_image(&image.path, request.width, request.height, image.fit))
             .transpose()?;
         let tokens = self.tokenize(request)?;
-        for (name, tokens) in ["prompt", "negative prompt"].iter().zip(tokens.iter().rev()) {
+        // The published negative prompt is nobody's own words: what is lost of it is no news.
+        let spoken = if request.negative == PUBLISHED_NEGATIVE { 1 } else { 2 };
+        let names = ["prompt", "negative prompt"].into_iter().take(spoken);
+        for (name, tokens) in names.zip(tokens.iter().rev()) {
             for loss in tokens.losses() {
                 let message = format!("the {name} is too long: {loss}");
                 reporter.event(&Event::Warning { message });
