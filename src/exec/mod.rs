@@ -5,6 +5,7 @@
 //! for any of them, and the states that they pass on to each other by name and size.
 
 mod cpu;
+pub mod cuda;
 
 pub use cpu::{Cpu, Operand, gemm_into};
 
