@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use generate::{Output, Timings};
-pub use plan::{Networks, PhasePlan, available_memory, plan};
+pub use plan::{Networks, PhasePlan, available_memory, plan, total_memory};
 pub use progress::{Event, Phase, Quiet, Reporter};
 pub use prompts::{EncodedPrompt, PromptTokens, Tokenizers};
 pub use request::{
