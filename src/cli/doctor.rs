@@ -87,7 +87,7 @@ fn table(health: &Health) -> String {
         "kernels",
         &match kernels.nvcc {
             Some(nvcc) => format!("for {} (nvcc {nvcc})", kernels.targets.join(", ")),
-            None => "none: built without nvcc".to_string(),
+            None => "none in this build".to_string(),
         },
     );
     text += &line(

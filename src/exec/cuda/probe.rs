@@ -160,7 +160,7 @@ fn fill(report: &mut Report, free_memory: bool) -> Result<(), Problem> {
     let mut cuda = 0;
     // SAFETY: writes one number; may be called before `cuInit`.
     check(unsafe { sys::cuDriverGetVersion(&raw mut cuda) })
-        .map_err(|code| failed("cannot tell its version", code))?;
+        .map_err(|code| failed("its version cannot be had", code))?;
     let cuda = cuda.unsigned_abs();
     let cuda = Version(cuda / 1000, cuda % 1000 / 10);
     report.driver = Some(Driver { version, cuda });
@@ -171,13 +171,13 @@ fn fill(report: &mut Report, free_memory: bool) -> Result<(), Problem> {
     let mut count = 0;
     // SAFETY: writes one number.
     check(unsafe { sys::cuDeviceGetCount(&raw mut count) })
-        .map_err(|code| failed("cannot count GPUs", code))?;
+        .map_err(|code| failed("GPUs cannot be counted", code))?;
     if count == 0 {
         return Err(no_gpu(CUresult::CUDA_ERROR_NO_DEVICE, visible_devices()));
     }
     for ordinal in 0..count {
         let gpu = describe(ordinal, cuda, free_memory)
-            .map_err(|code| failed(&format!("cannot describe GPU {ordinal}"), code))?;
+            .map_err(|code| failed(&format!("GPU {ordinal} cannot be described"), code))?;
         report.gpus.push(gpu);
     }
     common.map_or(Ok(()), Err)
@@ -217,7 +217,7 @@ fn describe(ordinal: i32, driver: Version, free_memory: bool) -> Result<GpuInfo,
         match free(device) {
             Ok(bytes) => memory_free = Some(bytes as u64),
             Err(code) => {
-                let said = failed("cannot use this GPU", code);
+                let said = failed("this GPU cannot be used", code);
                 problem = problem.or(Some(said));
             }
         }
@@ -340,7 +340,7 @@ fn no_gpu(code: CUresult, visible: Option<String>) -> Problem {
             "the libcuda.so that was found is a stub for linking",
             "take its folder out of LD_LIBRARY_PATH",
         ),
-        (code, _) => failed("cannot start", code),
+        (code, _) => failed("CUDA cannot start", code),
     }
 }
 
