@@ -3,6 +3,8 @@
 
 #[path = "cli/accidents.rs"]
 mod accidents;
+#[path = "cli/devices.rs"]
+mod devices;
 #[path = "cli/harness.rs"]
 mod harness;
 #[path = "cli/images.rs"]

@@ -255,31 +255,6 @@ impl VideoArgs {
     }
 }
 
-/// The device to run on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Device {
-    /// The best there is.
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// An NVIDIA GPU.
-    Cuda,
-}
-
-impl FromStr for Device {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Device, String> {
-        match text.split_once(':').map_or((text, None), |(name, n)| (name, Some(n))) {
-            ("auto", None) => Ok(Device::Auto),
-            ("cpu", None) => Ok(Device::Cpu),
-            ("cuda", None) => Ok(Device::Cuda),
-            ("cuda", Some(n)) if n.parse::<u32>().is_ok() => Ok(Device::Cuda),
-            _ => Err("expected auto, cpu, cuda or cuda:N".into()),
-        }
-    }
-}
-
 /// Which variant of the checkpoint in `dir` to open: the one named, else the one the size
 /// belongs to if the checkpoint has it. `None` leaves the choice to [`Checkpoint::open`],
 /// which takes the only one.

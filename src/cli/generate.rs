@@ -4,12 +4,12 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
 
 use pyraflow::checkpoint::{Checkpoint, StoreOptions};
-use pyraflow::exec::Cpu;
 use pyraflow::media::OutputTarget;
 use pyraflow::pipeline::{Output, Pipeline, Request};
 use pyraflow::{Error, Result};
 
-use super::args::{Device, VideoArgs, choose_variant};
+use super::args::{VideoArgs, choose_variant};
+use super::device::{Device, open_backend};
 use super::progress::{Console, Mode};
 
 /// Arguments of `generate`.
@@ -74,11 +74,6 @@ const MAX_THREADS: usize = 1024;
 
 /// Generates a video.
 pub fn run(args: Args) -> Result<()> {
-    if args.device == Device::Cuda {
-        return Err(
-            Error::device("this build of pyraflow runs on the CPU only").hint("use --device cpu")
-        );
-    }
     let mut output = Output::to(&args.output)?;
     if args.json && output.target == OutputTarget::Stdout {
         return Err(Error::usage("--json and the video cannot both go to standard output"));
@@ -108,6 +103,7 @@ pub fn run(args: Args) -> Result<()> {
     args.video.apply(&mut request)?;
     request.seed = args.seed.unwrap_or_else(random_seed);
     // Before the weights are touched: converting them can take minutes.
+    let backend = open_backend(args.device)?;
     let (_, spec) = request.resolve()?;
     request.check_positions(checkpoint.transformer())?;
     pyraflow::media::check_target(&output.target, &spec, output.overwrite)?;
@@ -125,7 +121,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     console.start(&request, &args.output)?;
     let store = args.store.map_or_else(StoreOptions::default, StoreOptions::below);
-    let pipeline = Pipeline::open(checkpoint, Box::new(Cpu::new()), &store, &mut console)?;
+    let pipeline = Pipeline::open(checkpoint, backend, &store, &mut console)?;
     let timings = pipeline.generate(&request, &output, &mut console)?;
     console.done(&args.output, &spec, &timings)
 }

@@ -1,6 +1,8 @@
 //! One file per subcommand: arguments as typed → validated request → run.
 
 mod args;
+mod device;
+mod doctor;
 mod generate;
 mod inspect;
 mod plan;
@@ -27,6 +29,8 @@ enum Command {
     Plan(Box<plan::Args>),
     /// Show what a checkpoint folder, a video or an image is and how it was made.
     Inspect(inspect::Args),
+    /// Show what this program and this machine can run on, and what is in the way.
+    Doctor(doctor::Args),
 }
 
 /// Runs the command line and returns the process's exit code.
@@ -35,6 +39,7 @@ pub fn run() -> ExitCode {
         Command::Generate(args) => generate::run(*args),
         Command::Plan(args) => plan::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

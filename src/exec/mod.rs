@@ -7,7 +7,7 @@
 mod cpu;
 pub mod cuda;
 
-pub use cpu::{Cpu, Operand, gemm_into};
+pub use cpu::{Cpu, Operand, available_memory, gemm_into, total_memory};
 pub use cuda::Cuda;
 
 use std::sync::Arc;

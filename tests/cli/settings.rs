@@ -44,7 +44,6 @@ fn impossible_settings_are_refused() {
         ("--seed", "18446744073709551616", 2, &["--seed", "too large"]),
         ("--threads", "0", 2, &["0 threads", "1 to 1024"]),
         ("--threads", "100000", 2, &["100000 threads", "1 to 1024"]),
-        ("--device", "cuda", 5, &["CPU only", "--device cpu"]),
         ("--device", "tpu", 2, &["auto, cpu, cuda"]),
         ("--variant", "1080p", 2, &["1080p", "384p, 768p and image"]),
         ("--variant", "384p", 4, &["no 384p model", "it has 768p"]),

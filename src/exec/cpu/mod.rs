@@ -62,6 +62,23 @@ impl Cpu {
     }
 }
 
+/// Memory that processes may still take, in bytes, where the system says so.
+pub fn available_memory() -> Option<u64> {
+    memory_info("MemAvailable:")
+}
+
+/// All memory of the machine, in bytes, where the system says so.
+pub fn total_memory() -> Option<u64> {
+    memory_info("MemTotal:")
+}
+
+fn memory_info(name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
 /// Every element takes an f32's place on this backend.
 const ELEMENT: usize = size_of::<f32>();
 
@@ -83,11 +100,7 @@ impl Backend for Cpu {
     }
 
     fn free_memory(&self) -> Option<u64> {
-        // The system's own estimate of what can be had without swapping.
-        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        kib.checked_mul(1024)
+        available_memory()
     }
 
     fn copies_weights(&self) -> bool {
