@@ -78,7 +78,7 @@ impl<'a> Device<'a> {
             driver: gpu.driver.clone(),
             variant: found.name,
             backend: &*found.plain,
-            copy_rate: Some(gpu.copy_rate().map_err(|e| e.to_string())?),
+            copy_rate: Some((gpu.copy_rate)().map_err(|e| e.to_string())?),
         })
     }
 }

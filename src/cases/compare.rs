@@ -10,6 +10,8 @@ pub struct Comparison {
     pub nan_differs: Option<usize>,
     /// The element that is furthest off.
     pub worst: usize,
+    /// How far it is off: what a single wrong element among millions shows in.
+    pub largest: f64,
 }
 
 impl Comparison {
@@ -37,7 +39,7 @@ impl Comparison {
             norm += f64::from(expected).powi(2);
         }
         let error = if norm > 0.0 { (difference / norm).sqrt() } else { difference.sqrt() };
-        Comparison { error, nan_differs, worst }
+        Comparison { error, nan_differs, worst, largest }
     }
 }
 
@@ -48,7 +50,7 @@ mod tests {
     #[test]
     fn errors_are_relative_and_nan_is_told_apart() {
         let c = Comparison::new(&[3.0, 4.5], &[3.0, 4.0]);
-        assert_eq!((c.error, c.worst, c.nan_differs), (0.1, 1, None));
+        assert_eq!((c.error, c.worst, c.largest, c.nan_differs), (0.1, 1, 0.5, None));
         let c = Comparison::new(&[f32::NAN, 4.0], &[f32::NAN, 4.0]);
         assert_eq!((c.error, c.nan_differs), (0.0, None));
         assert_eq!(Comparison::new(&[1.0, f32::NAN], &[1.0, 4.0]).nan_differs, Some(1));

@@ -1,7 +1,8 @@
 //! The GPU that cases run on.
 
 use crate::Result;
-use crate::exec::Backend;
+use crate::exec::cuda::probe;
+use crate::exec::{Backend, Cuda};
 
 /// A way to run on the GPU.
 pub struct Variant {
@@ -21,23 +22,33 @@ pub struct Gpu {
     pub driver: String,
     /// Every way to run on it; the first is the fastest.
     pub variants: Vec<Variant>,
-    copy_rate: Box<dyn Fn() -> Result<f64> + Send + Sync>,
-}
-
-impl Gpu {
-    /// Bytes per second of a large copy within the device's memory, read and write counted.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn copy_rate(&self) -> Result<f64> {
-        (self.copy_rate)()
-    }
+    /// Measures the bytes per second of a large copy within the device's memory, read and
+    /// write counted.
+    pub copy_rate: Box<dyn Fn() -> Result<f64> + Send + Sync>,
 }
 
 /// The GPU, or why there is none.
 ///
 /// # Errors
 /// What a line of output says after "GPU: skipped".
+///
+/// # Panics
+/// If there is a GPU and it cannot be opened.
 pub fn gpu() -> Result<Gpu, String> {
-    Err("this build has no GPU backend".into())
+    let report = probe::probe();
+    if let Err(error) = report.require(None) {
+        return Err(error.to_string());
+    }
+    let cuda = Cuda::open(None).unwrap_or_else(|e| panic!("the GPU that was found: {e}"));
+    let variant = |name, cuda: Cuda| Variant {
+        name,
+        fenced: Box::new(cuda.clone().fenced()),
+        plain: Box::new(cuda),
+    };
+    Ok(Gpu {
+        name: cuda.info().name.clone(),
+        driver: report.driver.and_then(|d| d.version).unwrap_or_default(),
+        variants: vec![variant("fast", cuda.clone()), variant("generic", cuda.clone().generic())],
+        copy_rate: Box::new(move || cuda.copy_rate()),
+    })
 }

@@ -89,19 +89,6 @@ pub trait Session: Send {
     /// [`crate::ErrorKind::Device`] when the device fails.
     fn run(&mut self, graph: GraphId) -> Result<()>;
 
-    /// Executes the graph `repeats` times and returns the seconds of each.
-    ///
-    /// # Errors
-    /// As for [`Session::run`].
-    fn time(&mut self, graph: GraphId, repeats: usize) -> Result<Vec<f64>> {
-        let once = |_| {
-            let start = std::time::Instant::now();
-            self.run(graph)?;
-            Ok(start.elapsed().as_secs_f64())
-        };
-        (0..repeats).map(once).collect()
-    }
-
     /// Reads an input or an output of the last run.
     fn read(&mut self, graph: GraphId, tensor: TensorId) -> Result<Vec<f32>>;
 
