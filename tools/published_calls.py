@@ -255,7 +255,7 @@ def run(model, call, inputs, device, dtype):
     return out.float().cpu(), seconds
 
 
-def time_of(call, device, limit=2.0, most=15):
+def time_of(call, device, limit=1.0, most=15):
     """Median seconds of a call that ran once before."""
     times, least = [], 3 if device == "cuda" else 1
     while len(times) < least or (len(times) < most and sum(times) < limit):
