@@ -17,7 +17,7 @@ mod tables;
 mod tensor_map;
 mod weights;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::Result;
 use crate::exec::{Backend, Session};
@@ -25,6 +25,7 @@ use crate::graph::{Graph, Plan};
 use crate::tensor::{DType, WeightSource};
 use driver::{Context, DeviceMemory, Event, Stream};
 use kernels::Kernels;
+use weights::Uploader;
 pub use probe::GpuInfo;
 
 /// The CUDA backend on one GPU.
@@ -33,6 +34,8 @@ pub struct Cuda {
     context: Arc<Context>,
     kernels: Arc<Kernels>,
     info: GpuInfo,
+    /// Sessions take turns: locking memory anew for each would take longer than small models.
+    uploader: Arc<Mutex<Uploader>>,
     fenced: bool,
 }
 
@@ -46,7 +49,8 @@ impl Cuda {
         let context = Context::new(info.index)?;
         let capability = info.compute_capability;
         let kernels = Arc::new(Kernels::load(&context, (capability.0, capability.1))?);
-        Ok(Cuda { context, kernels, info, fenced: false })
+        let uploader = Arc::new(Mutex::new(Uploader::new(&context)?));
+        Ok(Cuda { context, kernels, info, uploader, fenced: false })
     }
 
     /// Only the kernels that every supported GPU runs, not those of one generation.

@@ -1,7 +1,7 @@
 //! Graphs on the device: their memory, and running them.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 use rayon::prelude::*;
@@ -50,7 +50,7 @@ struct Planned {
 /// Graphs that share weights, an arena and states on one GPU.
 pub(super) struct CudaSession {
     stream: Stream,
-    uploader: Option<Uploader>,
+    uploader: Arc<Mutex<Uploader>>,
     context: Arc<Context>,
     kernels: Arc<Kernels>,
     fenced: bool,
@@ -67,7 +67,7 @@ impl CudaSession {
     pub fn new(backend: &Cuda, weights: Arc<dyn WeightSource>) -> Result<CudaSession> {
         Ok(CudaSession {
             stream: Stream::new(&backend.context)?,
-            uploader: None,
+            uploader: backend.uploader.clone(),
             context: backend.context.clone(),
             kernels: backend.kernels.clone(),
             fenced: backend.fenced,
@@ -267,12 +267,10 @@ impl Session for CudaSession {
         }
         // What is queued may use memory that moves now.
         self.stream.synchronize()?;
-        let mut uploader = match self.uploader.take() {
-            Some(uploader) => uploader,
-            None => Uploader::new(&self.context)?,
-        };
+        // A panic elsewhere leaves nothing behind that the next upload minds.
+        let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
         self.weights.load(&graph, &self.context, &self.kernels, &mut uploader)?;
-        self.uploader = Some(uploader);
+        drop(uploader);
         let own = self.allocate(&graph)?;
         let plan = Plan::new(&graph, DType::bytes);
         let tables = Tables::new(&graph, &self.kernels, &self.weights, &self.context, &self.stream)?;
