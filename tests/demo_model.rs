@@ -8,7 +8,7 @@ use std::path::Path;
 
 use common::runs::{open, whole_run};
 use judge::{Frame, Verdict, judge};
-use pyraflow::pipeline::{Quiet, Request, frame_of};
+use pyraflow::pipeline::{Quiet, Request};
 use pyraflow::sampler::PhiloxNoise;
 
 /// Combinations of colour, shape and motion that were never trained on, asked for in
@@ -54,12 +54,9 @@ fn shows_what_the_prompt_says() {
             .sample(&request, &prompts, Vec::new(), &mut noise, None, &mut Quiet)
             .expect("latents");
         let mut frames = Vec::new();
-        let keep = |video: &pyraflow::pipeline::Volume| {
-            for i in 0..video.frames {
-                let frame = frame_of(video, i)?;
-                let (width, height) = (frame.width() as usize, frame.height() as usize);
-                frames.push(Frame { width, height, rgb: frame.into_data() });
-            }
+        let keep = |frame: pyraflow::media::Frame| {
+            let (width, height) = (frame.width() as usize, frame.height() as usize);
+            frames.push(Frame { width, height, rgb: frame.into_data() });
             Ok(())
         };
         pipeline.decode(&latents, None, keep).expect("frames");

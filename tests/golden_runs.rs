@@ -4,19 +4,16 @@ mod common;
 
 use common::golden::{Golden, channels_last, check};
 use common::goldens;
-use common::runs::{open, whole_run};
-use pyraflow::pipeline::{Pipeline, PromptTokens, Quiet, Tiling, Tokenizers, Volume};
+use common::networks::Comparison;
+use common::runs::{encoded, open, whole_run};
+use pyraflow::exec::Cpu;
+use pyraflow::pipeline::{Tiling, Volume};
 use pyraflow::sampler::{Latent, LatentShape};
 
 /// Relative error allowed for the text encoders, a single call.
 const SINGLE_CALL: f64 = 1e-5;
 
 const FAMILIES: [&str; 2] = ["sd3", "flux"];
-
-fn tokens(pipeline: &Pipeline, prompts: &[&str]) -> Vec<PromptTokens> {
-    let tokenizers = Tokenizers::open(pipeline.checkpoint()).expect("tokenizers");
-    prompts.iter().map(|p| tokenizers.encode(p).expect("ids")).collect()
-}
 
 #[test]
 fn text_encoders_agree_with_the_published_ones() {
@@ -26,23 +23,8 @@ fn text_encoders_agree_with_the_published_ones() {
             println!("skipped: {} holds no text golden", folder.display());
             continue;
         };
-        let pipeline = open(&folder, None);
-        let prompt = golden.setting("prompt").unwrap_or_default();
-        let negative = golden.setting("negative").unwrap_or_default();
-        let ids = tokens(&pipeline, &[prompt, negative, ""]);
-        let encoded = pipeline.encode_prompts(&ids, &mut Quiet).expect("embeddings");
-        for (name, found) in ["prompt", "negative", "empty"].into_iter().zip(encoded) {
-            if !golden.has(&format!("{name}.embeds")) {
-                continue;
-            }
-            let (_, mask) = golden.tensor(&format!("{name}.mask"));
-            let kept = mask.iter().filter(|m| **m != 0.0).count();
-            assert_eq!(kept, found.tokens, "{family} {name}: tokens");
-            let (shape, embeds) = golden.tensor(&format!("{name}.embeds"));
-            let used = &embeds[..kept * shape[2]];
-            check(&format!("{family} {name} embeds"), &found.embeds, used, SINGLE_CALL);
-            let (_, pooled) = golden.tensor(&format!("{name}.pooled"));
-            check(&format!("{family} {name} pooled"), &found.pooled, &pooled, SINGLE_CALL);
+        for Comparison { what, found, golden } in encoded(family, &folder, &golden, Box::new(Cpu::new())) {
+            check(&what, &found, &golden, SINGLE_CALL);
         }
     }
 }
@@ -86,7 +68,7 @@ fn published_tiling_agrees() {
         return;
     };
     let pipeline = open(&goldens().join(golden.setting("checkpoint").expect("name")), None);
-    let tiling = Some(Tiling::new(tile).expect("tile"));
+    let tiling = Tiling::new(tile).expect("tile");
     let mut vae = pipeline.vae().expect("VAE");
     let volume = |name: &str| {
         let (shape, values) = golden.tensor(name);
@@ -94,7 +76,7 @@ fn published_tiling_agrees() {
         Volume { frames, height, width, channels, data }
     };
     if golden.has("image.moments_tiled") {
-        let moments = vae.encode(&volume("image"), tiling).expect("moments");
+        let moments = vae.encode(&volume("image"), Some(tiling)).expect("moments");
         let expected = volume("image.moments_tiled").data;
         check("tiled moments", &moments.data, &expected, SINGLE_CALL);
     }
@@ -106,12 +88,7 @@ fn published_tiling_agrees() {
             .chunks_exact(shape.len())
             .map(|values| Latent::new(shape, values.to_vec()).expect("latent"))
             .collect();
-        let mut decoded = Vec::new();
-        vae.decode(&latents, tiling, |video| {
-            decoded.extend_from_slice(&video.data);
-            Ok(())
-        })
-        .expect("frames");
+        let decoded = vae.decode_tiled(&latents, tiling).expect("frames").data;
         check("tiled decode", &decoded, &volume("z.decoded_tiled").data, SINGLE_CALL);
     }
 }

@@ -2,9 +2,9 @@
 
 use std::str::FromStr;
 
-use pyraflow::exec::cuda::probe::{self, GpuInfo};
-use pyraflow::exec::{Backend, Cpu};
-use pyraflow::{Error, Result};
+use pyraflow::Result;
+use pyraflow::exec::cuda::probe;
+use pyraflow::exec::{Backend, Cpu, Cuda};
 
 /// The device to run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,21 +41,15 @@ impl FromStr for Device {
 /// Opens the device.
 ///
 /// # Errors
-/// [`pyraflow::ErrorKind::Device`] if it was named and cannot be used.
+/// [`pyraflow::ErrorKind::Device`] if it cannot be used; [`Device::Auto`] takes the CPU where
+/// no GPU can be.
 pub fn open_backend(device: Device) -> Result<Box<dyn Backend>> {
     match device {
         Device::Cpu => Ok(Box::new(Cpu::new())),
-        Device::Cuda(index) => open_gpu(&probe::require(index)?),
-        // Until there is something to run on a GPU, one that is found changes nothing.
-        Device::Auto => match probe::require(None).and_then(|gpu| open_gpu(&gpu)) {
-            Ok(backend) => Ok(backend),
-            Err(_) => Ok(Box::new(Cpu::new())),
-        },
+        Device::Cuda(index) => Ok(Box::new(Cuda::open(index)?)),
+        Device::Auto if probe::require(None).is_err() => Ok(Box::new(Cpu::new())),
+        Device::Auto => Ok(Box::new(Cuda::open(None)?)),
     }
-}
-
-fn open_gpu(gpu: &GpuInfo) -> Result<Box<dyn Backend>> {
-    Err(Error::device(format!("pyraflow cannot run on {} yet", gpu.name)).hint("use --device cpu"))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use pyraflow::Result;
 use pyraflow::exec::cuda::images::{IMAGES, NVCC_VERSION, targets};
 use pyraflow::exec::cuda::probe::{self, GpuInfo, Problem, Report};
-use pyraflow::pipeline::{available_memory, total_memory};
+use pyraflow::exec::{available_memory, total_memory};
 use serde::Serialize;
 
 /// Arguments of `doctor`.

@@ -7,16 +7,20 @@
 mod cpu;
 pub mod cuda;
 
-pub use cpu::{Cpu, Operand, gemm_into};
+pub use cpu::{Cpu, Operand, available_memory, gemm_into, total_memory};
+pub use cuda::Cuda;
 
 use std::sync::Arc;
 
-use crate::Result;
 use crate::graph::{Graph, Plan, TensorId};
 use crate::tensor::{DType, WeightSource};
+use crate::{Error, Result};
 
 /// A device that can run graphs.
 pub trait Backend: Send + Sync {
+    /// The kind of device: runs on one kind give the same bits.
+    fn name(&self) -> &'static str;
+
     /// What runs the graphs, for people: "CPU, 8 threads".
     fn description(&self) -> String;
 
@@ -25,6 +29,13 @@ pub trait Backend: Send + Sync {
 
     /// Plans `graph` for this device, without touching it.
     fn plan(&self, graph: &Graph) -> Plan;
+
+    /// Memory that can still be had for tensors and weights, in bytes, where it is known.
+    fn free_memory(&self) -> Option<u64>;
+
+    /// Whether weights are copied into the memory that tensors live in (on the CPU they stay
+    /// in the mapped files).
+    fn copies_weights(&self) -> bool;
 
     /// Opens a session on the weights of one component.
     ///
@@ -36,6 +47,9 @@ pub trait Backend: Send + Sync {
 /// Names a graph of one session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GraphId(pub(crate) usize);
+
+/// Something on its way: calling it waits for it.
+pub type Pending<T> = Box<dyn FnOnce() -> Result<T> + Send>;
 
 /// Graphs that share weights, an arena and states. All data goes in and out as f32,
 /// whatever the device stores.
@@ -77,4 +91,30 @@ pub trait Session: Send {
 
     /// Reads an input or an output of the last run.
     fn read(&mut self, graph: GraphId, tensor: TensorId) -> Result<Vec<f32>>;
+
+    /// Begins to bring an output of the last run back as 8-bit values: `x · 127.5 + 127.5`,
+    /// clamped to 0 … 255 and truncated. What is run afterwards does not change them.
+    ///
+    /// # Errors
+    /// Those of the device; waiting fails with [`crate::ErrorKind::Numeric`] when a value is
+    /// NaN or infinite.
+    fn fetch_pixels(&mut self, graph: GraphId, tensor: TensorId) -> Result<Pending<Vec<u8>>>;
+
+    /// Runs `graph` once to warm up and then `repeats` times, and returns the seconds each
+    /// run took on the device. Caches are flushed in between where the device can.
+    ///
+    /// # Errors
+    /// Those of [`run`](Self::run).
+    fn time(&mut self, graph: GraphId, repeats: usize) -> Result<Vec<f64>>;
+}
+
+/// Fails if an id is not a row of a table of `vocabulary` rows.
+fn check_ids(ids: &[u32], vocabulary: usize) -> Result<()> {
+    match ids.iter().find(|&&id| id as usize >= vocabulary) {
+        None => Ok(()),
+        Some(id) => Err(Error::model(format!(
+            "token id {id} is outside the vocabulary of {vocabulary}"
+        ))
+        .hint("the tokenizer and the text encoder belong to different checkpoints")),
+    }
 }

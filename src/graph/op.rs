@@ -255,29 +255,44 @@ pub enum Op {
     },
 }
 
-impl Op {
-    /// The field's name of the op, for profiles and messages.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Op::Embedding { .. } => "embedding",
-            Op::Linear { .. } => "linear",
-            Op::Attention(_) => "attention",
-            Op::LayerNorm { .. } => "layer_norm",
-            Op::LayerNormModulate { .. } => "layer_norm_modulate",
-            Op::RmsNorm { .. } => "rms_norm",
-            Op::HeadNormRope { .. } => "head_norm_rope",
-            Op::Activate(_) => "activate",
-            Op::GatedGelu => "gated_gelu",
-            Op::TimestepEmbedding => "timestep_embedding",
-            Op::Patchify { .. } => "patchify",
-            Op::Unpatchify => "unpatchify",
-            Op::AddPositionTable { .. } => "add_position_table",
-            Op::GuidedEuler => "guided_euler",
-            Op::Conv3d(_) => "conv3d",
-            Op::GroupNorm { .. } => "group_norm",
-        }
-    }
+/// The ops' names, once: a variant without a name does not compile, and the list of names
+/// cannot lack one.
+macro_rules! names {
+    ($($variant:pat => $name:literal),* $(,)?) => {
+        impl Op {
+            /// The names of all ops.
+            pub const NAMES: &[&str] = &[$($name),*];
 
+            /// The field's name of the op, for profiles and messages.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $($variant => $name),*
+                }
+            }
+        }
+    };
+}
+
+names! {
+    Op::Embedding { .. } => "embedding",
+    Op::Linear { .. } => "linear",
+    Op::Attention(_) => "attention",
+    Op::LayerNorm { .. } => "layer_norm",
+    Op::LayerNormModulate { .. } => "layer_norm_modulate",
+    Op::RmsNorm { .. } => "rms_norm",
+    Op::HeadNormRope { .. } => "head_norm_rope",
+    Op::Activate(_) => "activate",
+    Op::GatedGelu => "gated_gelu",
+    Op::TimestepEmbedding => "timestep_embedding",
+    Op::Patchify { .. } => "patchify",
+    Op::Unpatchify => "unpatchify",
+    Op::AddPositionTable { .. } => "add_position_table",
+    Op::GuidedEuler => "guided_euler",
+    Op::Conv3d(_) => "conv3d",
+    Op::GroupNorm { .. } => "group_norm",
+}
+
+impl Op {
     /// Whether the op reads its output before writing it.
     pub fn updates_output(&self) -> bool {
         matches!(

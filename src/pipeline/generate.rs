@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::{
-    Event, Phase, Pipeline, Reporter, Request, SavedRun, Volume, available_memory, frame_of,
+    Event, Phase, Pipeline, Reporter, Request, SavedRun,
     pixels_of, plan, stop_if_cancelled,
 };
 use crate::media::{Frame, Metadata, OutputTarget, check_target, load_image, open_sink};
@@ -147,11 +147,9 @@ impl Pipeline {
         let metadata = Metadata { comment: Some(self.settings(request).to_string()) };
         let mut sink = open_sink(&output.target, &spec, &metadata, output.overwrite)?;
         let mut done = 0;
-        self.decode(latents, request.tiling, |video: &Volume| {
-            for i in 0..video.frames {
-                sink.push(&frame_of(video, i)?)?;
-            }
-            done += video.frames as u64;
+        self.decode(latents, request.tiling, |frame| {
+            sink.push(&frame)?;
+            done += 1;
             reporter.event(&Event::Progress {
                 phase: Phase::Decoding,
                 done,
@@ -208,7 +206,7 @@ impl Pipeline {
             fields.remove("units");
             fields.remove("tile");
             fields.insert("weight_bytes".into(), Value::Object(sorted(weights)));
-            fields.insert("device".into(), "cpu".into());
+            fields.insert("device".into(), self.backend().name().into());
             if let Some(image) = image {
                 let hash: String =
                     Sha256::digest(image.data()).iter().map(|b| format!("{b:02x}")).collect();
@@ -234,17 +232,22 @@ impl Pipeline {
         }
     }
 
-    /// Refuses what cannot fit into this machine's memory.
+    /// Refuses what cannot fit into the device's memory.
     fn check_memory(&self, request: &Request) -> Result<()> {
         let phases = plan(&super::Networks::of(self.checkpoint())?, request, self.backend())?;
-        let Some(largest) = phases.iter().max_by_key(|p| p.memory_bytes()) else { return Ok(()) };
-        match available_memory() {
-            Some(available) if largest.memory_bytes() > available => {
+        let copied = |p: &super::PhasePlan| match self.backend().copies_weights() {
+            true => p.weight_bytes,
+            false => 0,
+        };
+        let need = |p: &super::PhasePlan| p.memory_bytes() + copied(p);
+        let Some(largest) = phases.iter().max_by_key(|p| need(p)) else { return Ok(()) };
+        match self.backend().free_memory() {
+            Some(available) if need(largest) > available => {
                 let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
                 Err(Error::memory(format!(
                     "{} needs {:.1} GiB, {:.1} GiB are free",
                     largest.name,
-                    gib(largest.memory_bytes()),
+                    gib(need(largest)),
                     gib(available)
                 ))
                 .hint("make the video smaller or shorter; `pyraflow plan` shows what it takes"))

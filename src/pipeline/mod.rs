@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use generate::{Output, Timings};
-pub use plan::{Networks, PhasePlan, available_memory, plan, total_memory};
+pub use plan::{Networks, PhasePlan, plan};
 pub use progress::{Event, Phase, Quiet, Reporter};
 pub use prompts::{EncodedPrompt, PromptTokens, Tokenizers};
 pub use request::{
@@ -40,10 +40,11 @@ pub use request::{
 pub use saved::SavedRun;
 pub use tiles::Volume;
 pub use transformer::{Transformer, geometry, modulation_layout, record_step};
-pub use vae::{Vae, frame_of, pixels_of};
+pub use vae::{Vae, pixels_of};
 
 use crate::checkpoint::{Checkpoint, Component, ComponentWeights, StoreOptions};
 use crate::exec::Backend;
+use crate::media::Frame;
 use crate::models::{ExpectedWeight, clip, t5, vae as vae_model};
 use crate::sampler::{
     Latent, LatentScaling, LatentShape, NoiseSource, Observer, StageGeometry, sample,
@@ -247,7 +248,7 @@ impl Pipeline {
         &self,
         latents: &[Latent],
         tiling: Option<Tiling>,
-        frames: impl FnMut(&Volume) -> Result<()>,
+        frames: impl FnMut(Frame) -> Result<()>,
     ) -> Result<()> {
         let scaling = self.latent_scaling();
         let mut unscaled = latents.to_vec();

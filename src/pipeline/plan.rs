@@ -233,20 +233,3 @@ pub fn plan(
 fn phase(name: &str) -> PhasePlan {
     PhasePlan { name: name.to_string(), ..PhasePlan::default() }
 }
-
-/// Memory that processes may still take, in bytes, where the system says so.
-pub fn available_memory() -> Option<u64> {
-    memory_info("MemAvailable:")
-}
-
-/// All memory of the machine, in bytes, where the system says so.
-pub fn total_memory() -> Option<u64> {
-    memory_info("MemTotal:")
-}
-
-fn memory_info(name: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
-}

@@ -1,12 +1,10 @@
 //! Prompts to what the transformer sees of them.
 
-use std::sync::Arc;
-
 use super::Weights;
 use crate::checkpoint::{Checkpoint, Component};
-use crate::exec::Backend;
+use crate::exec::{Backend, Session};
+use crate::graph::Graph;
 use crate::models::{clip, t5};
-use crate::tensor::WeightSource;
 use crate::text::{ClipTokenizer, T5Tokenizer, Tokens};
 use crate::{Error, Result};
 
@@ -104,23 +102,27 @@ pub fn encode(
         .collect();
     let encoders = prompts.first().map_or(0, |p| p.clips.len()) + 1;
     for index in 0..encoders - 1 {
+        let Some(component) = prompts.first().map(|p| p.clips[index].0) else { break };
+        let config = match component {
+            Component::ClipG => checkpoint.clip_g()?,
+            _ => checkpoint.clip_l()?,
+        };
+        let mut session = backend.open(weights.get(component)?)?;
         for (prompt, out) in prompts.iter().zip(&mut encoded) {
-            let (component, tokens) = &prompt.clips[index];
-            let config = match component {
-                Component::ClipG => checkpoint.clip_g()?,
-                _ => checkpoint.clip_l()?,
-            };
-            let ids = &tokens.ids[..clip::pooled_length(&tokens.ids)];
+            let ids = &prompt.clips[index].1.ids;
+            let ids = &ids[..clip::pooled_length(ids)];
             let graph = clip::record(config, ids.len(), backend.activations())?;
-            out.pooled.extend(run(backend, weights.get(*component)?, graph, ids, "pooled")?);
+            out.pooled.extend(run(&mut *session, graph, ids, "pooled")?);
         }
         encoder_done(index + 1, encoders)?;
     }
+    let mut session = backend.open(weights.get(Component::T5)?)?;
     for (prompt, out) in prompts.iter().zip(&mut encoded) {
         let ids = &prompt.t5.ids[..prompt.t5.len];
         let graph = t5::record(checkpoint.t5()?, ids.len(), backend.activations())?;
-        out.embeds = run(backend, weights.get(Component::T5)?, graph, ids, "embeds")?;
+        out.embeds = run(&mut *session, graph, ids, "embeds")?;
     }
+    drop(session);
     encoder_done(encoders, encoders)?;
     let wanted = checkpoint.transformer().pooled_dim();
     match encoded.iter().find(|e| e.pooled.len() != wanted) {
@@ -132,18 +134,13 @@ pub fn encode(
     }
 }
 
-fn run(
-    backend: &dyn Backend,
-    weights: Arc<dyn WeightSource>,
-    graph: crate::graph::Graph,
-    ids: &[u32],
-    output: &str,
-) -> Result<Vec<f32>> {
-    let mut session = backend.open(weights)?;
+fn run(session: &mut dyn Session, graph: Graph, ids: &[u32], output: &str) -> Result<Vec<f32>> {
     let graph = session.add(graph)?;
     let input = session.find(graph, "ids")?;
     session.write_ids(graph, input, ids)?;
     session.run(graph)?;
     let output = session.find(graph, output)?;
-    session.read(graph, output)
+    let values = session.read(graph, output)?;
+    session.remove(graph);
+    Ok(values)
 }

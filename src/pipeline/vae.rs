@@ -6,10 +6,11 @@ use std::sync::Arc;
 use super::Tiling;
 use super::tiles::{TileGrid, Volume, assemble};
 use crate::checkpoint::VaeConfig;
-use crate::exec::{Backend, GraphId, Session};
+use crate::exec::{Backend, GraphId, Pending, Session};
+use crate::graph::TensorId;
 use crate::media::Frame;
 use crate::models::vae::{FACTOR, Window, record_decoder, record_encoder};
-use crate::sampler::Latent;
+use crate::sampler::{Latent, LatentShape};
 use crate::tensor::WeightSource;
 use crate::{Error, Result};
 
@@ -48,56 +49,63 @@ impl<'a> Vae<'a> {
     }
 
     /// Decodes latents (already unscaled, one `[1, h, w, 16]` after the other) and gives the
-    /// frames in order to `frames`, as few as the VAE decodes at a time.
+    /// frames in order to `frames`, while the device decodes the next ones.
     ///
     /// # Errors
-    /// Those of the backend and of `frames`.
+    /// Those of the backend and of `frames`; [`crate::ErrorKind::Numeric`] when a value is
+    /// not a number.
     pub fn decode(
         &mut self,
         latents: &[Latent],
         tiling: Option<Tiling>,
-        mut frames: impl FnMut(&Volume) -> Result<()>,
+        mut frames: impl FnMut(Frame) -> Result<()>,
     ) -> Result<()> {
-        let Some(tiling) = tiling else {
-            return self.stream(latents.len(), |i| Volume::of_latent(&latents[i]), frames);
-        };
+        if let Some(tiling) = tiling {
+            let video = self.decode_tiled(latents, tiling)?;
+            return (0..video.frames).try_for_each(|i| frames(frame_of(&video, i)?));
+        }
+        let mut before: Option<Pending<Vec<u8>>> = None;
+        for (i, latent) in latents.iter().enumerate() {
+            let input = Volume::of_latent(latent);
+            let (graph, output) = self.run(&input, true, i > 0, latents.len() > 1)?;
+            let pixels = self.session.fetch_pixels(graph, output)?;
+            if let Some(before) = before.replace(pixels) {
+                give(latent.shape(), before()?, &mut frames)?;
+            }
+        }
+        match (before, latents.last()) {
+            (Some(last), Some(latent)) => give(latent.shape(), last()?, &mut frames),
+            _ => Err(Error::input("no latents to decode")),
+        }
+    }
+
+    /// Decodes in the published way, tile by tile with blended seams.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn decode_tiled(&mut self, latents: &[Latent], tiling: Tiling) -> Result<Volume> {
         let first = latents.first().ok_or_else(|| Error::input("no latents to decode"))?.shape();
         let grid = TileGrid::decoding(first.height, first.width, tiling);
-        let video = assemble(&grid, |y, x, height, width| {
+        assemble(&grid, |y, x, height, width| {
             let mut tile = Volume::default();
-            let crop = |i: usize| Volume::of_latent(&latents[i]).crop(y, x, height, width);
-            self.stream(latents.len(), crop, |window| {
-                tile.append(window);
-                Ok(())
-            })?;
+            for (i, latent) in latents.iter().enumerate() {
+                let crop = Volume::of_latent(latent).crop(y, x, height, width);
+                tile.append(&self.window(&crop, true, i > 0, latents.len() > 1)?);
+            }
             Ok(tile)
-        })?;
-        frames(&video)
+        })
     }
 
-    /// Decodes `count` latents one at a time: exactly the whole decode, in little memory.
-    fn stream(
-        &mut self,
-        count: usize,
-        latent: impl Fn(usize) -> Volume,
-        mut frames: impl FnMut(&Volume) -> Result<()>,
-    ) -> Result<()> {
-        for i in 0..count {
-            // A lone latent needs no carried frames; otherwise all but the first window
-            // share one plan.
-            let video = self.window(&latent(i), true, i > 0, count > 1)?;
-            frames(&video)?;
-        }
-        Ok(())
-    }
-
-    fn window(
+    /// Runs one window of a video, `continues` being whether it goes on from the one before
+    /// and `carries` whether another one may. A lone latent needs no carried frames;
+    /// otherwise all but the first window share one plan.
+    fn run(
         &mut self,
         input: &Volume,
         decode: bool,
         continues: bool,
         carries: bool,
-    ) -> Result<Volume> {
+    ) -> Result<(GraphId, TensorId)> {
         let &Volume { frames, height, width, .. } = input;
         let window = Window { frames, height, width, continues, carries };
         let graph = match self.plans.get(&(decode, window)) {
@@ -115,20 +123,39 @@ impl<'a> Vae<'a> {
         let to = self.session.find(graph, to)?;
         self.session.write(graph, from, &input.data)?;
         self.session.run(graph)?;
-        let data = self.session.read(graph, to)?;
+        Ok((graph, to))
+    }
+
+    fn window(
+        &mut self,
+        input: &Volume,
+        decode: bool,
+        continues: bool,
+        carries: bool,
+    ) -> Result<Volume> {
+        let (graph, output) = self.run(input, decode, continues, carries)?;
+        let data = self.session.read(graph, output)?;
+        let &Volume { height, width, .. } = input;
         let (height, width, channels) = if decode {
             (height * FACTOR, width * FACTOR, 3)
         } else {
             (height / FACTOR, width / FACTOR, 2 * self.config.latent_channels)
         };
-        Ok(Volume {
-            frames: data.len() / (height * width * channels),
-            height,
-            width,
-            channels,
-            data,
-        })
+        let frames = data.len() / (height * width * channels);
+        Ok(Volume { frames, height, width, channels, data })
     }
+}
+
+/// Cuts the pixels of a decoded latent of `shape` into frames.
+fn give(
+    shape: LatentShape,
+    pixels: Vec<u8>,
+    frames: &mut impl FnMut(Frame) -> Result<()>,
+) -> Result<()> {
+    let (width, height) = (shape.width * FACTOR, shape.height * FACTOR);
+    let pictures = pixels.chunks_exact(width * height * 3);
+    let frame = |data: &[u8]| Frame::new(width as u32, height as u32, data.to_vec());
+    pictures.map(frame).try_for_each(|f| frames(f?))
 }
 
 /// The frame as the encoder takes it: −1 … 1.
@@ -143,7 +170,8 @@ pub fn pixels_of(frame: &Frame) -> Volume {
     }
 }
 
-/// Frame `index` of a decoded video: `x · 127.5 + 127.5`, clamped and truncated.
+/// Frame `index` of a decoded video: `x · 127.5 + 127.5`, clamped and truncated, as
+/// [`Session::fetch_pixels`] does.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Numeric`] when a value is not a number.

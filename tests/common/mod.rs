@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod golden;
+pub mod networks;
 pub mod runs;
 
 use std::path::PathBuf;

@@ -3,14 +3,15 @@
 use std::path::Path;
 
 use pyraflow::checkpoint::{Checkpoint, StoreOptions, Variant};
-use pyraflow::exec::Cpu;
+use pyraflow::exec::{Backend, Cpu};
 use pyraflow::media::{Fit, Frame};
 use pyraflow::pipeline::{
-    FirstImage, Pipeline, Quiet, Request, Tiling, Volume, frame_of, pixels_of,
+    FirstImage, Pipeline, Quiet, Request, Tiling, Tokenizers, pixels_of,
 };
 use pyraflow::sampler::{Latent, LatentShape, LinearGuidance, RecordedNoise};
 
 use super::golden::{Golden, channels_last, check};
+use super::networks::Comparison;
 
 /// Relative error allowed for whole runs.
 const WHOLE_RUN: f64 = 2e-5;
@@ -25,12 +26,17 @@ pub fn checkpoint(folder: &Path, variant: Option<&str>) -> Checkpoint {
     Checkpoint::open(folder, named.or(first)).expect("checkpoint")
 }
 
-/// Opens all of a checkpoint; converted weights do not go into its folder.
+/// Opens all of a checkpoint on the CPU; converted weights do not go into its folder.
 pub fn open(folder: &Path, variant: Option<&str>) -> Pipeline {
+    open_on(folder, variant, Box::new(Cpu::new()))
+}
+
+/// The same on any backend.
+pub fn open_on(folder: &Path, variant: Option<&str>, backend: Box<dyn Backend>) -> Pipeline {
     let store = tempfile::tempdir().expect("folder");
     let options = StoreOptions::below(store.path());
     let checkpoint = checkpoint(folder, variant);
-    Pipeline::open(checkpoint, Box::new(Cpu::new()), &options, &mut Quiet).expect("pipeline")
+    Pipeline::open(checkpoint, backend, &options, &mut Quiet).expect("pipeline")
 }
 
 /// The request a golden run's settings describe.
@@ -77,21 +83,56 @@ fn noise_of(golden: &Golden) -> RecordedNoise {
     }
 }
 
-fn compare_frames(what: &str, golden: &Golden, frames: &[Vec<u8>]) {
+/// The recorded ones among `frames` beside their recording.
+pub fn shown(what: &str, golden: &Golden, frames: &[Vec<u8>]) -> Comparison {
     let (shape, expected) = golden.tensor("frames");
     let stride: usize = golden.json("frame_stride").unwrap_or(1);
-    let size: usize = shape[1..].iter().product();
-    let (mut different, mut worst) = (0usize, 0.0f32);
-    for (i, expected) in expected.chunks_exact(size).enumerate() {
-        for (found, expected) in frames[i * stride].iter().zip(expected) {
-            let difference = (f32::from(*found) - expected).abs();
-            different += usize::from(difference > 0.0);
-            worst = worst.max(difference);
-        }
-    }
-    let share = different as f64 / expected.len() as f64;
+    let frames = (0..shape[0]).flat_map(|i| frames[i * stride].iter().map(|&v| f32::from(v)));
+    Comparison { what: what.to_string(), found: frames.collect(), golden: expected }
+}
+
+fn compare_frames(what: &str, golden: &Golden, frames: &[Vec<u8>]) {
+    let Comparison { found, golden, .. } = shown(what, golden, frames);
+    let differences = found.iter().zip(&golden).map(|(f, g)| (f - g).abs());
+    let different = differences.clone().filter(|d| *d > 0.0).count();
+    let worst = differences.fold(0.0, f32::max);
+    let share = different as f64 / golden.len() as f64;
     println!("{what} frames: {:.4} % of the values differ, by {worst} at most", 100.0 * share);
     assert!(worst <= 1.0 && share <= DIFFERENT_VALUES, "{what}: {share} by {worst}");
+}
+
+/// What the text encoders make of the prompts of `golden`, beside what is recorded there.
+pub fn encoded(
+    family: &str,
+    folder: &Path,
+    golden: &Golden,
+    backend: Box<dyn Backend>,
+) -> Vec<Comparison> {
+    let pipeline = open_on(folder, None, backend);
+    let tokenizers = Tokenizers::open(pipeline.checkpoint()).expect("tokenizers");
+    let prompt = golden.setting("prompt").unwrap_or_default();
+    let negative = golden.setting("negative").unwrap_or_default();
+    let ids: Vec<_> =
+        [prompt, negative, ""].iter().map(|p| tokenizers.encode(p).expect("ids")).collect();
+    let encoded = pipeline.encode_prompts(&ids, &mut Quiet).expect("embeddings");
+    let mut comparisons = Vec::new();
+    for (name, found) in ["prompt", "negative", "empty"].into_iter().zip(encoded) {
+        if !golden.has(&format!("{name}.embeds")) {
+            continue;
+        }
+        let (_, mask) = golden.tensor(&format!("{name}.mask"));
+        let kept = mask.iter().filter(|m| **m != 0.0).count();
+        assert_eq!(kept, found.tokens, "{family} {name}: tokens");
+        let (shape, embeds) = golden.tensor(&format!("{name}.embeds"));
+        let (_, pooled) = golden.tensor(&format!("{name}.pooled"));
+        for (part, found, golden) in [
+            ("embeds", found.embeds, embeds[..kept * shape[2]].to_vec()),
+            ("pooled", found.pooled, pooled),
+        ] {
+            comparisons.push(Comparison { what: format!("{family} {name} {part}"), found, golden });
+        }
+    }
+    comparisons
 }
 
 /// Repeats the run in the file `recorded` with the checkpoint in `folder` and compares
@@ -99,10 +140,20 @@ fn compare_frames(what: &str, golden: &Golden, frames: &[Vec<u8>]) {
 pub fn whole_run(what: &str, folder: &Path, recorded: &Path) -> bool {
     let Some(golden) = Golden::open(recorded) else { return false };
     let pipeline = open(folder, golden.setting("variant"));
-    let request = request_of(&golden, &pipeline);
+    let (latents, frames) = repeat(what, &golden, &pipeline);
+    check(&latents.what, &latents.found, &latents.golden, WHOLE_RUN);
+    if golden.has("frames") {
+        compare_frames(what, &golden, &frames);
+    }
+    true
+}
+
+/// Repeats the run `golden`: its latents beside the recorded ones, and its frames.
+pub fn repeat(what: &str, golden: &Golden, pipeline: &Pipeline) -> (Comparison, Vec<Vec<u8>>) {
+    let request = request_of(golden, pipeline);
     let ids = pipeline.tokenize(&request).expect("ids");
     let prompts = pipeline.encode_prompts(&ids, &mut Quiet).expect("embeddings");
-    let mut noise = noise_of(&golden);
+    let mut noise = noise_of(golden);
     let mut finished = Vec::new();
     if golden.has("image_u8") {
         let (shape, values) = golden.tensor("image_u8");
@@ -115,20 +166,18 @@ pub fn whole_run(what: &str, folder: &Path, recorded: &Path) -> bool {
         .sample(&request, &prompts, finished, &mut noise, None, &mut Quiet)
         .expect("latents");
     let (shape, expected) = golden.tensor("latents");
-    let expected = channels_last(&shape, &expected).1;
-    let found: Vec<f32> = latents.iter().flat_map(|l| l.data().iter().copied()).collect();
-    check(&format!("{what} latents"), &found, &expected, WHOLE_RUN);
-
+    let comparison = Comparison {
+        what: format!("{what} latents"),
+        found: latents.iter().flat_map(|l| l.data().iter().copied()).collect(),
+        golden: channels_last(&shape, &expected).1,
+    };
+    let mut frames = Vec::new();
     if golden.has("frames") {
-        let mut frames = Vec::new();
-        let keep = |video: &Volume| {
-            for i in 0..video.frames {
-                frames.push(frame_of(video, i)?.into_data());
-            }
+        let keep = |frame: Frame| {
+            frames.push(frame.into_data());
             Ok(())
         };
         pipeline.decode(&latents, request.tiling, keep).expect("frames");
-        compare_frames(what, &golden, &frames);
     }
-    true
+    (comparison, frames)
 }

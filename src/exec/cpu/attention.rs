@@ -1,5 +1,9 @@
 //! Attention over ranges of packed rows: for a block of queries all scores are formed, the
 //! softmax taken in f32, and the values summed. No online softmax: the oracle has memory.
+//!
+//! Where activations are bf16 the probabilities are rounded to bf16 before they are
+//! multiplied with the values, as a device's matrix units need them: the unnormalised ones,
+//! whose sum is taken before rounding and divided by at the end.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -18,7 +22,19 @@ use crate::tensor::DType;
 const QUERIES: usize = 64;
 
 thread_local! {
-    static SCRATCH: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    static SCRATCH: RefCell<Scratch> = const {
+        RefCell::new(Scratch { scores: Vec::new(), sums: Vec::new(), scales: Vec::new() })
+    };
+}
+
+/// Memory of one task, kept for the thread's next.
+struct Scratch {
+    /// Scores, then probabilities, of each query.
+    scores: Vec<f32>,
+    /// The sum of the values of each query.
+    sums: Vec<f32>,
+    /// What each query's sum is to be multiplied with.
+    scales: Vec<f32>,
 }
 
 pub(super) fn attention(run: &Run<'_>, spec: &AttentionSpec) -> Result<()> {
@@ -39,9 +55,7 @@ pub(super) fn attention(run: &Run<'_>, spec: &AttentionSpec) -> Result<()> {
         }
     }
     tasks.into_par_iter().for_each(|(segment, head, queries)| {
-        SCRATCH.with_borrow_mut(|(scores, sums)| {
-            kernel.block(segment, head, queries, scores, sums);
-        });
+        SCRATCH.with_borrow_mut(|scratch| kernel.block(segment, head, queries, scratch));
     });
     Ok(())
 }
@@ -58,14 +72,8 @@ struct Kernel<'a> {
 }
 
 impl Kernel<'_> {
-    fn block(
-        &self,
-        segment: &Segment,
-        head: usize,
-        queries: Range<usize>,
-        scores: &mut Vec<f32>,
-        sums: &mut Vec<f32>,
-    ) {
+    fn block(&self, segment: &Segment, head: usize, queries: Range<usize>, scratch: &mut Scratch) {
+        let Scratch { scores, sums, scales } = scratch;
         let keys: usize = segment.keys.iter().map(ExactSizeIterator::len).sum();
         let (m, size, column) = (queries.len(), self.size, head * self.size);
         scores.resize(m * keys, 0.0);
@@ -88,8 +96,9 @@ impl Kernel<'_> {
             }
             first += range.len();
         }
+        scales.clear();
         for (row, query) in scores.chunks_exact_mut(keys).zip(queries.clone()) {
-            self.softmax(row, head, query - segment.queries.start);
+            scales.push(self.softmax(row, head, query - segment.queries.start));
         }
         let mut first = 0;
         for range in segment.keys.iter().filter(|r| !r.is_empty()) {
@@ -102,15 +111,17 @@ impl Kernel<'_> {
             }
             first += range.len();
         }
-        for (values, query) in sums.chunks_exact_mut(size).zip(queries) {
+        for ((values, query), scale) in sums.chunks_exact_mut(size).zip(queries).zip(scales) {
+            values.iter_mut().for_each(|v| *v *= *scale);
             round(self.dtype, values);
             // SAFETY: each task has its own queries and head.
             unsafe { self.out.piece(query, column..column + size) }.copy_from_slice(values);
         }
     }
 
-    /// Softmax of one query's scores, with scale, bias and causal mask.
-    fn softmax(&self, scores: &mut [f32], head: usize, query: usize) {
+    /// Softmax of one query's scores, with scale, bias and causal mask; what is returned is
+    /// still to be multiplied with.
+    fn softmax(&self, scores: &mut [f32], head: usize, query: usize) -> f32 {
         for (key, s) in scores.iter_mut().enumerate() {
             *s *= self.spec.scale;
             if let Some((bias, table)) = &self.bias {
@@ -124,6 +135,11 @@ impl Kernel<'_> {
         let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         seen.iter_mut().for_each(|s| *s = exp(*s - max));
         let scale = 1.0 / seen.iter().sum::<f32>();
+        if self.dtype == DType::Bf16 {
+            round(DType::Bf16, seen);
+            return scale;
+        }
         seen.iter_mut().for_each(|s| *s *= scale);
+        1.0
     }
 }

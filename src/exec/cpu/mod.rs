@@ -15,8 +15,9 @@ pub use linear::{Operand, gemm_into};
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
-use crate::exec::{Backend, GraphId, Session};
+use crate::exec::{Backend, GraphId, Pending, Session};
 use crate::graph::{Graph, Node, Op, Plan, Role, TensorId, WeightId};
 use crate::tensor::{DType, WeightSource, WeightView};
 use crate::{Error, Result};
@@ -61,10 +62,31 @@ impl Cpu {
     }
 }
 
+/// Memory that processes may still take, in bytes, where the system says so.
+pub fn available_memory() -> Option<u64> {
+    memory_info("MemAvailable:")
+}
+
+/// All memory of the machine, in bytes, where the system says so.
+pub fn total_memory() -> Option<u64> {
+    memory_info("MemTotal:")
+}
+
+fn memory_info(name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
 /// Every element takes an f32's place on this backend.
 const ELEMENT: usize = size_of::<f32>();
 
 impl Backend for Cpu {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
     fn description(&self) -> String {
         format!("CPU, {} threads", rayon::current_num_threads())
     }
@@ -75,6 +97,14 @@ impl Backend for Cpu {
 
     fn plan(&self, graph: &Graph) -> Plan {
         if self.share { Plan::new(graph, |_| ELEMENT) } else { Plan::unshared(graph, |_| ELEMENT) }
+    }
+
+    fn free_memory(&self) -> Option<u64> {
+        available_memory()
+    }
+
+    fn copies_weights(&self) -> bool {
+        false
     }
 
     fn open(&self, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>> {
@@ -221,6 +251,30 @@ impl Session for CpuSession {
         }
         Ok(out)
     }
+
+    fn fetch_pixels(&mut self, graph: GraphId, tensor: TensorId) -> Result<Pending<Vec<u8>>> {
+        let values = self.read(graph, tensor)?;
+        Ok(Box::new(move || pixels(&values)))
+    }
+
+    fn time(&mut self, graph: GraphId, repeats: usize) -> Result<Vec<f64>> {
+        self.run(graph)?;
+        let once = |_| {
+            let clock = Instant::now();
+            self.run(graph)?;
+            Ok(clock.elapsed().as_secs_f64())
+        };
+        (0..repeats).map(once).collect()
+    }
+}
+
+/// See [`Session::fetch_pixels`].
+fn pixels(values: &[f32]) -> Result<Vec<u8>> {
+    if values.iter().any(|v| !v.is_finite()) {
+        return Err(Error::numeric("decoded frames hold NaN or infinity")
+            .hint("the VAE's weights may be damaged; the latents are kept"));
+    }
+    Ok(values.iter().map(|v| (v * 127.5 + 127.5).clamp(0.0, 255.0) as u8).collect())
 }
 
 impl CpuSession {

@@ -3,6 +3,7 @@
 use super::Run;
 use super::memory::round;
 use crate::Result;
+use crate::exec::check_ids;
 use crate::graph::{Activation, WeightId};
 
 /// Applies an activation in place.
@@ -77,13 +78,7 @@ pub(super) fn embedding(run: &Run<'_>, table: WeightId, positions: Option<Weight
     let table = run.weight(table)?;
     let positions = positions.map(|p| run.weight(p)).transpose()?;
     let ids: &[u32] = bytemuck::cast_slice(ids.flat());
-    let vocabulary = table.shape[0];
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
-        return Err(crate::Error::model(format!(
-            "token id {id} is outside the vocabulary of {vocabulary}"
-        ))
-        .hint("the tokenizer and the text encoder belong to different checkpoints"));
-    }
+    check_ids(ids, table.shape[0])?;
     let mut position = vec![0.0; out.cols];
     out.for_each_row(|r, y| {
         table.widen(ids[r] as usize * y.len(), y);

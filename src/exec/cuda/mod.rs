@@ -1,4 +1,129 @@
-//! NVIDIA GPUs: the kernels in this program, and what the machine has to run them.
+//! The CUDA backend: hand-written kernels, bf16 storage, f32 arithmetic.
+//!
+//! Everything a run needs is resolved when a graph is added: addresses in one arena, kernels,
+//! grids and parameters. A run only queues them on a stream of its own.
 
+mod driver;
 pub mod images;
+mod kernels;
+mod memory;
+mod ops;
+mod params;
 pub mod probe;
+mod readback;
+mod session;
+mod step;
+mod tables;
+mod tensor_map;
+mod weights;
+
+use std::sync::{Arc, Mutex};
+
+use crate::Result;
+use crate::exec::{Backend, Session};
+use crate::graph::{Graph, Plan};
+use crate::tensor::{DType, WeightSource};
+use driver::{Context, DeviceMemory, Event, Stream};
+use kernels::Kernels;
+use weights::Uploader;
+pub use probe::GpuInfo;
+
+/// The CUDA backend on one GPU.
+#[derive(Clone)]
+pub struct Cuda {
+    context: Arc<Context>,
+    kernels: Arc<Kernels>,
+    info: GpuInfo,
+    /// Sessions take turns: locking memory anew for each would take longer than small models.
+    uploader: Arc<Mutex<Uploader>>,
+    fenced: bool,
+}
+
+impl Cuda {
+    /// Opens GPU `index`, or the first one.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Device`] when there is no driver, no such GPU or no kernels for it.
+    pub fn open(index: Option<usize>) -> Result<Cuda> {
+        let info = probe::require(index)?;
+        let context = Context::new(info.index)?;
+        let capability = info.compute_capability;
+        let kernels = Arc::new(Kernels::load(&context, (capability.0, capability.1))?);
+        let uploader = Arc::new(Mutex::new(Uploader::new(&context)?));
+        Ok(Cuda { context, kernels, info, uploader, fenced: false })
+    }
+
+    /// Only the kernels that every supported GPU runs, not those of one generation.
+    pub fn generic(mut self) -> Cuda {
+        self.kernels = Arc::new(self.kernels.generic());
+        self
+    }
+
+    /// Gives every tensor memory of its own between guard zones, fills it with NaN before a
+    /// run and checks the zones after it: for tests.
+    pub fn fenced(mut self) -> Cuda {
+        self.fenced = true;
+        self
+    }
+
+    /// The GPU.
+    pub fn info(&self) -> &GpuInfo {
+        &self.info
+    }
+
+    /// Bytes per second of a large copy within device memory, those read and those written
+    /// both counted: the ceiling of kernels that are bound by memory.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Memory`] when 1 GiB cannot be had.
+    pub fn copy_rate(&self) -> Result<f64> {
+        const BYTES: usize = 512 << 20;
+        const REPEATS: usize = 8;
+        let [from, to] = ["copying", "copying"].map(|w| DeviceMemory::new(&self.context, BYTES, w));
+        let (from, to) = (from?, to?);
+        let stream = Stream::new(&self.context)?;
+        let (start, end) = (Event::new(&self.context)?, Event::new(&self.context)?);
+        // SAFETY: both pieces were just allocated and live until the stream is idle.
+        unsafe {
+            stream.fill(from.address(), 1, BYTES)?;
+            stream.copy(to.address(), from.address(), BYTES)?;
+            start.record(&stream)?;
+            for _ in 0..REPEATS {
+                stream.copy(to.address(), from.address(), BYTES)?;
+            }
+        }
+        end.record(&stream)?;
+        end.synchronize()?;
+        Ok((2 * BYTES * REPEATS) as f64 / end.seconds_since(&start)?)
+    }
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn description(&self) -> String {
+        self.info.name.clone()
+    }
+
+    fn activations(&self) -> DType {
+        DType::Bf16
+    }
+
+    fn plan(&self, graph: &Graph) -> Plan {
+        Plan::new(graph, DType::bytes)
+    }
+
+    fn free_memory(&self) -> Option<u64> {
+        self.context.memory().ok().map(|(free, _)| free)
+    }
+
+    fn copies_weights(&self) -> bool {
+        true
+    }
+
+    fn open(&self, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>> {
+        Ok(Box::new(session::CudaSession::new(self, weights)?))
+    }
+}

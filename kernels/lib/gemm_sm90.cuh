@@ -1,0 +1,329 @@
+// The matrix product of sm_90a that the linear layers and the convolutions share: out tiles of
+// kRows × kCols, bf16 operands that bulk copies bring to shared memory, f32 accumulators.
+//
+// A block is three warpgroups. The last one is the producer: one thread keeps a ring of stages
+// full, each stage 64 values of k for all rows of the tile and for all its columns, written with
+// the 128-byte swizzle. The other two are consumers: each multiplies half of the rows of every
+// stage and hands the stage back once its products have ended, one step later, so that the tensor
+// cores always have a step queued. The grid is persistent: a block takes tiles blockIdx, blockIdx +
+// gridDim, …, and the producer runs ahead into the next tile while the consumers store this one.
+//
+// Two blocks of a cluster (kCluster = 2) take neighbouring row tiles of the same columns; each
+// brings half of the columns' values and sends them to both, which halves that part of the reads
+// from L2. A stage is then free only when the consumers of both blocks have handed it back.
+//
+// Stores go through 4 KiB of shared memory per warp in f32, 16 rows × 64 columns at a time, after
+// which each lane owns 8 values that belong side by side in the output: bias, activation, addition
+// and the single rounding happen there and stores are 16 bytes wide.
+//
+// What differs is a `Problem` with
+//   struct Place;                           where a tile lies
+//   int tiles()                             number of tiles (of pairs of tiles in a cluster)
+//   Place place(int tile, int rank)
+//   int steps(const Place&)                 k-steps, equal for both blocks of a cluster, at least 1
+//   void each_step(const Place&, step)      calls step(copy_rows, k) for each, where
+//                                           copy_rows(to, barrier) issues the copy of the rows' part
+//                                           and k is the first value of the columns' part
+//   int column(const Place&)                first column
+//   const TensorMap* columns_map()          2-D over (k, column), box 64 × kCols / kCluster
+//   void finish(const Place&, row, column, stage, staging)
+//                                           stores the 16 rows from `row` and 64 columns from
+//                                           `column` of the tile; calls stage() once, which puts
+//                                           them into `staging`
+#pragma once
+
+#include "hopper.cuh"
+#include "wgmma.cuh"
+
+template <int kRows_, int kCols_, int kCluster_>
+struct Tile {
+    static constexpr int kRows = kRows_;
+    static constexpr int kCols = kCols_;
+    static constexpr int kCluster = kCluster_;
+    static constexpr int kDepth = 64;
+    static constexpr int kConsumers = 2;
+    static constexpr int kThreads = 128 * (kConsumers + 1);
+    // Products of 64 rows that one consumer holds.
+    static constexpr int kFragments = kRows / (64 * kConsumers);
+    static constexpr int kRowBytes = kDepth * 2;
+    static constexpr int kBytesA = kRows * kRowBytes;
+    static constexpr int kBytesB = kCols * kRowBytes;
+    static constexpr int kStageBytes = kBytesA + kBytesB;
+    static constexpr int kStagingFloats = 16 * 64;
+    static constexpr int kStagingBytes = 4 * kConsumers * kStagingFloats * 4;
+    static constexpr int kMostShared = 227 * 1024;
+    static constexpr int kFit = (kMostShared - kStagingBytes - 128) / kStageBytes;
+    static constexpr int kStages = kFit < 8 ? kFit : 8;
+    static constexpr int kBarriers = kStages * kStageBytes + kStagingBytes;
+    static constexpr int kSharedBytes = kBarriers + 2 * 8 * kStages;
+    // 168 registers per thread at launch, shared out anew: 40 · 128 + 232 · 256 = 168 · 384.
+    static constexpr int kProducerRegisters = 40;
+    static constexpr int kConsumerRegisters = 232;
+    static_assert(kStages >= 4 && kBarriers % 8 == 0 && kSharedBytes <= kMostShared);
+    static_assert(kRows % (64 * kConsumers) == 0 && kCols % 64 == 0 && kStageBytes % 1024 == 0);
+};
+
+// The position of one side (producer or consumer) in the ring.
+template <class Tile>
+struct Ring {
+    uint32_t base;
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ uint32_t a() const { return base + stage * Tile::kStageBytes; }
+    __device__ __forceinline__ uint32_t b() const { return a() + Tile::kBytesA; }
+    __device__ __forceinline__ uint32_t full() const { return base + Tile::kBarriers + 8 * stage; }
+    __device__ __forceinline__ uint32_t empty() const { return full() + 8 * Tile::kStages; }
+    __device__ __forceinline__ void advance() {
+        if (++stage == Tile::kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Where tile number `tile` of rows × columns lies. The order goes down bands of kBand tile rows,
+// column by column, so that tiles worked on at one time share both operands in L2.
+struct TilePosition {
+    static constexpr int kBand = 8;
+    int row, column;
+
+    __device__ __forceinline__ TilePosition(int tile, int rows, int columns) {
+        const int band = tile / (kBand * columns);
+        const int within = tile - band * (kBand * columns);
+        const int height = min(kBand, rows - band * kBand);
+        column = within / height;
+        row = band * kBand + within - column * height;
+    }
+};
+
+// The staging area of a warp: 16 rows × 64 columns of f32 in two planes of 16 × 32, plane p holding
+// of each group of 8 columns the four from 4p. In row r of plane p the four values of group g lie at
+// chunk g ^ (r % 4 + 4p). The writes of `stage_chunk` (8 bytes per lane, accumulator layout) and the
+// reads of `staged_group` (16 bytes per lane) then meet no bank twice.
+struct Staging {
+    static constexpr int kPlane = 16 * 32;
+
+    // The place of column `column` (0 to 63) of row `row`.
+    static __device__ __forceinline__ int index(int row, int column) {
+        const int plane = column / 4 % 2;
+        const int group = column / 8 ^ (row % 4 + 4 * plane);
+        return plane * kPlane + row * 32 + group * 4 + column % 4;
+    }
+};
+
+// Puts columns 64·kChunk.. of a fragment into the warp's staging area.
+template <int kChunk, int kCount>
+__device__ __forceinline__ void stage_chunk(float* staging, const float (&d)[kCount]) {
+    const int lane = threadIdx.x % 32;
+    const int first = Staging::index(lane / 4, 2 * (lane % 4));
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+        // Group g differs from group 0 in the chunk bits only.
+        float* to = staging + (first ^ (4 * g));
+        const float* from = d + kChunk * 32 + g * 4;
+        *reinterpret_cast<float2*>(to) = make_float2(from[0], from[1]);
+        *reinterpret_cast<float2*>(to + 8 * 32) = make_float2(from[2], from[3]);
+    }
+}
+
+// Puts piece number `piece` into the staging area: pieces are the groups of 64 columns of the first
+// fragment, then of the next. A chain of branches because registers have no run-time index.
+template <int kPiece, int kFragments, int kCount>
+__device__ __forceinline__ void stage_piece(float* staging, const float (&d)[kFragments][kCount], int piece) {
+    constexpr int kChunks = kCount / 32;
+    if constexpr (kPiece < kFragments * kChunks) {
+        if (piece == kPiece) {
+            stage_chunk<kPiece % kChunks>(staging, d[kPiece / kChunks]);
+        } else {
+            stage_piece<kPiece + 1>(staging, d, piece);
+        }
+    }
+}
+
+// The 8 columns from 8·group of a staged row.
+__device__ __forceinline__ void staged_group(float (&v)[8], const float* staging, int row, int group) {
+    const float4 low = *reinterpret_cast<const float4*>(staging + Staging::index(row, 8 * group));
+    const float4 high = *reinterpret_cast<const float4*>(staging + Staging::index(row, 8 * group + 4));
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
+// Eight neighbouring values as they lie in memory; zeros until read.
+template <typename T>
+struct Octet;
+
+template <>
+struct Octet<bf16> {
+    uint4 bits = make_uint4(0, 0, 0, 0);
+
+    __device__ __forceinline__ void read(const bf16* from) { bits = *reinterpret_cast<const uint4*>(from); }
+    __device__ __forceinline__ void write(bf16* to) const { *reinterpret_cast<uint4*>(to) = bits; }
+    __device__ __forceinline__ void add_to(float (&v)[8]) const {
+        const uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            v[2 * i] += __uint_as_float(pairs[i] << 16);
+            v[2 * i + 1] += __uint_as_float(pairs[i] & 0xffff0000u);
+        }
+    }
+    __device__ __forceinline__ void round(const float (&v)[8]) {
+        bits = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                          pack_bf16(v[6], v[7]));
+    }
+};
+
+template <>
+struct Octet<float> {
+    float4 low = make_float4(0, 0, 0, 0), high = make_float4(0, 0, 0, 0);
+
+    __device__ __forceinline__ void read(const float* from) {
+        low = reinterpret_cast<const float4*>(from)[0];
+        high = reinterpret_cast<const float4*>(from)[1];
+    }
+    __device__ __forceinline__ void write(float* to) const {
+        reinterpret_cast<float4*>(to)[0] = low;
+        reinterpret_cast<float4*>(to)[1] = high;
+    }
+    __device__ __forceinline__ void add_to(float (&v)[8]) const {
+        v[0] += low.x, v[1] += low.y, v[2] += low.z, v[3] += low.w;
+        v[4] += high.x, v[5] += high.y, v[6] += high.z, v[7] += high.w;
+    }
+    __device__ __forceinline__ void multiply(float (&v)[8]) const {
+        v[0] *= low.x, v[1] *= low.y, v[2] *= low.z, v[3] *= low.w;
+        v[4] *= high.x, v[5] *= high.y, v[6] *= high.z, v[7] *= high.w;
+    }
+    __device__ __forceinline__ void round(const float (&v)[8]) {
+        low = make_float4(v[0], v[1], v[2], v[3]);
+        high = make_float4(v[4], v[5], v[6], v[7]);
+    }
+};
+
+template <class Tile, class Problem>
+__device__ __forceinline__ void produce(const Problem& problem, uint32_t shared, int rank) {
+    Ring<Tile> ring{shared};
+    const int step_of_tiles = gridDim.x / Tile::kCluster;
+    for (int tile = blockIdx.x / Tile::kCluster; tile < problem.tiles(); tile += step_of_tiles) {
+        const typename Problem::Place place = problem.place(tile, rank);
+        const int column = problem.column(place);
+        problem.each_step(place, [&](const auto& copy_rows, int k) {
+            barrier_wait(ring.empty(), ring.parity ^ 1);
+            barrier_expect(ring.full(), Tile::kStageBytes);
+            copy_rows(ring.a(), ring.full());
+            if constexpr (Tile::kCluster == 1) {
+                copy_box_2d(ring.b(), problem.columns_map(), ring.full(), k, column);
+            } else {
+                copy_box_2d_multicast(ring.b() + rank * (Tile::kBytesB / Tile::kCluster),
+                                      problem.columns_map(), ring.full(), k,
+                                      column + rank * (Tile::kCols / Tile::kCluster),
+                                      (1 << Tile::kCluster) - 1);
+            }
+            ring.advance();
+        });
+    }
+}
+
+// One arrival per warp and block of the cluster.
+template <class Tile>
+__device__ __forceinline__ void hand_back(uint32_t empty) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (Tile::kCluster == 1) {
+        if (lane == 0) barrier_arrive(empty);
+    } else {
+        if (lane < Tile::kCluster) barrier_arrive_at(empty, lane);
+    }
+}
+
+template <class Tile, class Problem>
+__device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared, int rank, int consumer) {
+    constexpr int kConsumerRows = 64 * Tile::kFragments;
+    Ring<Tile> ring{shared_address(shared)};
+    const int warp = warp_uniform(threadIdx.x / 32);
+    float* staging = reinterpret_cast<float*>(shared + Tile::kStages * Tile::kStageBytes) +
+                     warp * Tile::kStagingFloats;
+    float d[Tile::kFragments][Tile::kCols / 2];
+
+    const int step_of_tiles = gridDim.x / Tile::kCluster;
+    for (int tile = blockIdx.x / Tile::kCluster; tile < problem.tiles(); tile += step_of_tiles) {
+        const typename Problem::Place place = problem.place(tile, rank);
+        const int steps = problem.steps(place);
+        uint32_t previous = 0;
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) wgmma_pin(d[f]);
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            barrier_wait(ring.full(), ring.parity);
+            const uint64_t a = descriptor::k_major(ring.a() + consumer * kConsumerRows * Tile::kRowBytes);
+            const uint64_t b = descriptor::k_major(ring.b());
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < Tile::kDepth / 16; ++k) {
+#pragma unroll
+                for (int f = 0; f < Tile::kFragments; ++f) {
+                    Wgmma<Tile::kCols>::template ss<false>(
+                        d[f], descriptor::advance(a, f * 64 * Tile::kRowBytes + k * 32),
+                        descriptor::advance(b, k * 32), step > 0 || k > 0);
+                }
+            }
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (step > 0) hand_back<Tile>(previous);
+            previous = ring.empty();
+            ring.advance();
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) wgmma_pin(d[f]);
+        hand_back<Tile>(previous);
+
+        constexpr int kChunks = Tile::kCols / 64;
+        // Not unrolled: the epilogue is long, and only the staging depends on the registers' names.
+#pragma unroll 1
+        for (int piece = 0; piece < Tile::kFragments * kChunks; ++piece) {
+            const int row = consumer * kConsumerRows + piece / kChunks * 64 + warp % 4 * 16;
+            problem.finish(
+                place, row, piece % kChunks * 64,
+                [&] {
+                    __syncwarp();
+                    stage_piece<0>(staging, d, piece);
+                    __syncwarp();
+                },
+                staging);
+        }
+    }
+}
+
+// The whole kernel: kThreads threads, kSharedBytes of dynamic shared memory, a grid of at most as
+// many blocks as run at once, a multiple of kCluster.
+template <class Tile, class Problem>
+__device__ __forceinline__ void multiply_tiles(const Problem& problem) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const uint32_t base = shared_address(shared);
+    const int warpgroup = warp_uniform(threadIdx.x / 128);
+    const int rank = blockIdx.x % Tile::kCluster;
+    if (threadIdx.x == 0) {
+        Ring<Tile> ring{base};
+        for (; ring.parity == 0; ring.advance()) {
+            barrier_init(ring.full(), 1);
+            barrier_init(ring.empty(), 4 * Tile::kConsumers * Tile::kCluster);
+        }
+        barrier_init_fence();
+    }
+    if constexpr (Tile::kCluster == 1) {
+        __syncthreads();
+    } else {
+        cluster_sync();
+    }
+    if (warpgroup == Tile::kConsumers) {
+        lower_registers<Tile::kProducerRegisters>();
+        if (warp_uniform(threadIdx.x / 32) == 4 * Tile::kConsumers && elect_one()) {
+            produce<Tile>(problem, base, rank);
+        }
+        __syncwarp();
+    } else {
+        raise_registers<Tile::kConsumerRegisters>();
+        consume<Tile>(problem, shared, rank, warpgroup);
+    }
+    // Copies and arrivals of the other block still reach this one until its consumers have ended.
+    if constexpr (Tile::kCluster > 1) cluster_sync();
+}

@@ -1,0 +1,348 @@
+//! Matrix products: every epilogue, tails in all three extents, several weights side by
+//! side, views of rows and columns on both sides.
+
+use std::sync::Arc;
+
+use super::{Case, Fill, Scale};
+use crate::Result;
+use crate::graph::{Activation, Epilogue, Graph, Op, RowGroup, TensorId};
+use crate::tensor::DType;
+
+pub(super) const ACTIVATIONS: [(Activation, &str); 4] = [
+    (Activation::Silu, "silu"),
+    (Activation::GeluTanh, "gelu_tanh"),
+    (Activation::GeluErf, "gelu_erf"),
+    (Activation::QuickGelu, "quick_gelu"),
+];
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kind {
+    Store,
+    Activate(Activation),
+    Accumulate,
+    Gated { runs: usize },
+}
+
+impl Kind {
+    const ALL: [Kind; 7] = [
+        Kind::Store,
+        Kind::Activate(Activation::Silu),
+        Kind::Activate(Activation::GeluTanh),
+        Kind::Activate(Activation::GeluErf),
+        Kind::Activate(Activation::QuickGelu),
+        Kind::Accumulate,
+        Kind::Gated { runs: 2 },
+    ];
+
+    fn name(self) -> String {
+        match self {
+            Kind::Store => "store".into(),
+            Kind::Activate(activation) => {
+                let name = ACTIVATIONS.iter().find(|(a, _)| *a == activation).map_or("", |a| a.1);
+                name.into()
+            }
+            Kind::Accumulate => "accumulate".into(),
+            Kind::Gated { runs } => format!("gated-{runs}"),
+        }
+    }
+}
+
+/// Rows of the modulation table.
+const SAMPLES: usize = 3;
+/// First column of the gate, as if other vectors came before it.
+const GATE_COLUMN: usize = 24;
+
+/// `rows` in `runs` of unequal length, the first ones perhaps empty (as where a batch has no
+/// history), with samples in no order.
+pub(super) fn row_groups(rows: usize, runs: usize) -> Arc<[RowGroup]> {
+    let start = |i: usize| rows * i * i / (runs * runs);
+    let group = |i| RowGroup { rows: start(i + 1) - start(i), sample: (2 * i + 1) % SAMPLES };
+    (0..runs).map(group).collect()
+}
+
+/// A tensor for `rows × cols` that lies inside a larger input `name`, and marks of what
+/// lies around it, so that a write beyond the edges shows.
+pub(super) fn place_within(
+    g: &mut Graph,
+    name: &str,
+    [rows, cols]: [usize; 2],
+    dtype: DType,
+) -> TensorId {
+    const MARGIN: usize = 16;
+    let whole = g.input(name, &[rows + 3, cols + 2 * MARGIN], dtype);
+    let above = g.rows(whole, 0..1);
+    let below = g.rows(whole, 1 + rows..rows + 3);
+    let middle = g.rows(whole, 1..1 + rows);
+    let left = g.cols(middle, 0..MARGIN);
+    let right = g.cols(middle, MARGIN + cols..2 * MARGIN + cols);
+    for (side, view) in [("above", above), ("below", below), ("left", left), ("right", right)] {
+        g.mark_output(side, view);
+    }
+    g.cols(middle, MARGIN..MARGIN + cols)
+}
+
+/// The result and what [`place_within`] puts around it.
+pub(super) const FRAMED: [&str; 5] = ["y", "above", "below", "left", "right"];
+
+/// Rows `2 ..` and columns `8 ..` of a larger input.
+pub(super) fn view_of_input(
+    g: &mut Graph,
+    name: &str,
+    [rows, cols]: [usize; 2],
+    dtype: DType,
+) -> TensorId {
+    let whole = g.input(name, &[rows + 3, cols + 24], dtype);
+    let rows = g.rows(whole, 2..2 + rows);
+    g.cols(rows, 8..8 + cols)
+}
+
+#[derive(Debug, Clone)]
+struct Linear {
+    m: usize,
+    /// Columns of each weight.
+    n: Vec<usize>,
+    k: usize,
+    kind: Kind,
+    bias: bool,
+    f32_output: bool,
+    /// Whether the input, and whether the output, are views.
+    strided: [bool; 2],
+    /// The weight as a convolution over 2×2 patches has it.
+    patches: bool,
+}
+
+fn linear(kind: Kind, m: usize, n: &[usize], k: usize) -> Linear {
+    Linear {
+        m,
+        n: n.to_vec(),
+        k,
+        kind,
+        bias: true,
+        f32_output: false,
+        strided: [false; 2],
+        patches: false,
+    }
+}
+
+impl Linear {
+    fn without_bias(self) -> Linear {
+        Linear { bias: false, ..self }
+    }
+
+    fn into_f32(self) -> Linear {
+        Linear { f32_output: true, ..self }
+    }
+
+    fn strided(self, input: bool, output: bool) -> Linear {
+        Linear { strided: [input, output], ..self }
+    }
+
+    fn record(&self, g: &mut Graph, dtype: DType) -> Result<()> {
+        let Linear { m, k, .. } = *self;
+        let columns: usize = self.n.iter().sum();
+        let x = match self.strided[0] {
+            true => view_of_input(g, "x", [m, k], dtype),
+            false => g.input("x", &[m, k], dtype),
+        };
+        let mut parts = Vec::new();
+        for (i, &n) in self.n.iter().enumerate() {
+            let shape = if self.patches { vec![n, k / 4, 2, 2] } else { vec![n, k] };
+            let bias = self.bias.then(|| g.weight(&format!("{i}.bias"), &[n]));
+            parts.push((g.weight(&format!("{i}.weight"), &shape), bias));
+        }
+        let mut inputs = vec![x];
+        let epilogue = match self.kind {
+            Kind::Store => Epilogue::Store,
+            Kind::Activate(activation) => Epilogue::Activate(activation),
+            Kind::Accumulate => Epilogue::Accumulate,
+            Kind::Gated { runs } => {
+                let width = GATE_COLUMN + columns + 8;
+                inputs.push(g.input("modulation", &[SAMPLES, width], DType::F32));
+                let groups = row_groups(m, runs);
+                Epilogue::GatedAccumulate { gate_column: GATE_COLUMN, groups }
+            }
+        };
+        let op = Op::Linear { parts, epilogue };
+        let output = if self.f32_output { DType::F32 } else { dtype };
+        let place = match (self.strided[1], op.updates_output()) {
+            (true, _) => place_within(g, "around", [m, columns], output),
+            (false, true) => g.input("accumulator", &[m, columns], output),
+            (false, false) => g.empty(&[m, columns], output),
+        };
+        g.mark_output("y", place);
+        g.push_into(op, &inputs, place)
+    }
+
+    fn named(self, prefix: &str) -> Case {
+        let list: Vec<_> = self.n.iter().map(usize::to_string).collect();
+        let mut name =
+            format!("{prefix}{}/m{}-n{}-k{}", self.kind.name(), self.m, list.join("+"), self.k);
+        for (said, suffix) in [
+            (!self.bias, "-nobias"),
+            (self.f32_output, "-f32"),
+            (self.strided[0], "-x_view"),
+            (self.strided[1], "-y_view"),
+            (self.patches, "-patches"),
+        ] {
+            name += if said { suffix } else { "" };
+        }
+        let outputs: &[&str] = if self.strided[1] { &FRAMED } else { &["y"] };
+        // The last bits of a sum of k products depend on its order.
+        let floor = if self.f32_output { (self.k as f64).sqrt() * 2f64.powi(-22) } else { 0.0 };
+        Case::new("linear", name, move |g, dtype| self.record(g, dtype))
+            .outputs(outputs)
+            .floor(floor)
+    }
+
+    fn case(self) -> Case {
+        self.named("")
+    }
+}
+
+pub(super) fn cases(scale: Scale) -> Vec<Case> {
+    match scale {
+        Scale::Small => small(),
+        Scale::Test => test(),
+        Scale::Bench => bench(),
+    }
+}
+
+fn small() -> Vec<Case> {
+    let mut cases: Vec<Case> = Kind::ALL.map(|kind| linear(kind, 65, &[24], 40).case()).into();
+    for kind in Kind::ALL {
+        cases.push(linear(kind, 3, &[8, 16, 8], 16).strided(true, true).case());
+    }
+    cases.push(linear(Kind::Store, 129, &[136], 72).case());
+    cases.push(linear(Kind::Store, 1, &[8], 8).without_bias().case());
+    cases.push(linear(Kind::Store, 2, &[72], 64).into_f32().strided(false, true).case());
+    cases.push(Linear { patches: true, ..linear(Kind::Store, 6, &[24], 64) }.case());
+    cases.extend(
+        (1..=6).map(|runs| linear(Kind::Gated { runs }, 70, &[16], 8).without_bias().case()),
+    );
+    cases
+}
+
+fn test() -> Vec<Case> {
+    let mut cases = tails();
+    for kind in Kind::ALL {
+        for (m, n, k) in [(1, 24, 72), (63, 136, 264), (240, 64, 1536), (1000, 1536, 64)] {
+            cases.push(linear(kind, m, &[n], k).case());
+        }
+        cases.push(linear(kind, 65, &[72], 40).without_bias().case());
+        for (input, output) in [(true, false), (false, true), (true, true)] {
+            cases.push(linear(kind, 65, &[72], 136).strided(input, output).case());
+        }
+        for n in [&[64, 64][..], &[72, 136], &[64, 8, 24], &[1536, 1536, 1536]] {
+            cases.push(linear(kind, 66, n, 96).case());
+        }
+        cases.push(
+            linear(kind, 130, &[128, 64, 128], 128).strided(true, true).without_bias().case(),
+        );
+    }
+    for runs in [1, 3, 4, 5, 6] {
+        for m in [2, 63, 257, 1000] {
+            cases.push(linear(Kind::Gated { runs }, m, &[72], 64).case());
+        }
+    }
+    for (m, n, k) in [(1, 72, 64), (2, 9216, 1536), (60, 64, 256)] {
+        cases.push(linear(Kind::Store, m, &[n], k).into_f32().case());
+        cases.push(linear(Kind::Store, m, &[n], k).into_f32().strided(false, true).case());
+    }
+    for (m, n) in [(24, 128), (960, 1536)] {
+        cases.push(Linear { patches: true, ..linear(Kind::Store, m, &[n], 64) }.case());
+    }
+    cases.push(linear(Kind::Store, 63, &[72], 6144).case());
+    cases.push(linear(Kind::Accumulate, 65, &[136], 10240).without_bias().case());
+    cases.extend(structured());
+    cases
+}
+
+/// All rows with all columns, the inner dimension taking turns; then the edges of tiles.
+fn tails() -> Vec<Case> {
+    const K: [usize; 8] = [8, 16, 24, 40, 64, 72, 264, 1536];
+    let mut shapes = Vec::new();
+    for (i, m) in [1, 2, 63, 65, 240, 1000].into_iter().enumerate() {
+        for (j, n) in [8, 16, 24, 64, 72, 136, 1536].into_iter().enumerate() {
+            shapes.push((m, n, K[(3 * i + j) % K.len()]));
+        }
+    }
+    for m in [127, 128, 129, 192, 255, 256, 257] {
+        shapes.extend([(m, 128, 32), (m, 248, 128), (m, 256, 192), (m, 264, 56)]);
+    }
+    shapes.into_iter().map(|(m, n, k)| linear(Kind::Store, m, &[n], k).case()).collect()
+}
+
+fn structured() -> Vec<Case> {
+    let named = |kind, name: &str| linear(kind, 65, &[72], 72).named(&format!("{name}/"));
+    let x_nan = || Fill::Normal(1.0).with_nan(7 * 72 + 71);
+    vec![
+        // The result is the input itself.
+        linear(Kind::Store, 65, &[72], 72)
+            .without_bias()
+            .named("identity/")
+            .fill("0.weight", Fill::Identity),
+        linear(Kind::Store, 130, &[128], 64)
+            .without_bias()
+            .named("identity/")
+            .fill("0.weight", Fill::Identity),
+        named(Kind::Store, "ones")
+            .fill("x", Fill::Constant(1.0))
+            .fill("0.weight", Fill::Constant(1.0))
+            .fill("0.bias", Fill::Constant(1.0)),
+        named(Kind::Accumulate, "zeros")
+            .fill("x", Fill::Constant(0.0))
+            .fill("0.bias", Fill::Constant(0.0)),
+        // Products of every size, most of which a sum in bf16 would lose.
+        linear(Kind::Store, 65, &[72], 1536)
+            .named("large-and-small/")
+            .fill("x", Fill::Values(vec![256.0, 1.0, -1.5, 0.01, -256.0])),
+        named(Kind::Store, "nan-in-x").fill("x", x_nan()),
+        named(Kind::Activate(Activation::Silu), "nan-in-x").fill("x", x_nan()),
+        named(Kind::Activate(Activation::GeluTanh), "nan-in-x").fill("x", x_nan()),
+        named(Kind::Activate(Activation::GeluErf), "nan-in-x").fill("x", x_nan()),
+        named(Kind::Activate(Activation::QuickGelu), "nan-in-x").fill("x", x_nan()),
+        named(Kind::Gated { runs: 2 }, "nan-in-x").fill("x", x_nan()),
+        named(Kind::Store, "nan-in-weight")
+            .fill("0.weight", Fill::Normal(0.1).with_nan(71 * 72 + 5)),
+        named(Kind::Store, "nan-in-bias").fill("0.bias", Fill::Normal(0.1).with_nan(64)),
+        named(Kind::Accumulate, "nan-in-y")
+            .fill("accumulator", Fill::Normal(1.0).with_nan(64 * 72)),
+        named(Kind::Gated { runs: 2 }, "nan-in-y")
+            .fill("accumulator", Fill::Normal(1.0).with_nan(71)),
+        named(Kind::Gated { runs: 2 }, "nan-in-gate")
+            .fill("modulation", Fill::Normal(1.0).with_nan(GATE_COLUMN + 3)),
+    ]
+}
+
+fn bench() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let gelu = Kind::Activate(Activation::GeluTanh);
+    let gated = Kind::Gated { runs: 6 };
+    for m in [480, 2000, 8000, 20000] {
+        for d in [1536, 1920] {
+            cases.push(linear(Kind::Store, m, &[d, d, d], d).case());
+            cases.push(linear(gated, m, &[d], d).case());
+            cases.push(linear(gelu, m, &[4 * d], d).case());
+            cases.push(linear(gated, m, &[d], 4 * d).case());
+        }
+        // miniflux's single blocks: keys and values, and attention and hidden state joined.
+        cases.push(linear(Kind::Store, m, &[1920, 1920], 1920).case());
+        cases.push(linear(gelu, m, &[4 * 1920], 1920).strided(false, true).case());
+        cases.push(linear(gated, m, &[1920], 5 * 1920).case());
+    }
+    // The T5 encoder, the modulation tables, the ends of the transformers.
+    let t5 = |kind, n: &[usize], k| linear(kind, 128, n, k).without_bias().case();
+    cases.push(t5(Kind::Store, &[4096, 4096, 4096], 4096));
+    cases.push(t5(Kind::Store, &[10240, 10240], 4096));
+    cases.push(t5(Kind::Accumulate, &[4096], 10240));
+    cases.push(linear(Kind::Store, 120, &[9216], 1536).into_f32().case());
+    cases.push(linear(Kind::Store, 140, &[1536], 4096).case());
+    cases.push(Linear { patches: true, ..linear(Kind::Store, 3840, &[1536], 64) }.case());
+    cases.push(linear(Kind::Store, 7680, &[64], 1536).case());
+    cases.push(linear(Kind::Accumulate, 30720, &[512], 512).case());
+    // CLIP's activations.
+    cases.push(linear(Kind::Activate(Activation::QuickGelu), 77, &[3072], 768).case());
+    cases.push(linear(Kind::Activate(Activation::GeluErf), 77, &[5120], 1280).case());
+    cases.push(linear(Kind::Activate(Activation::Silu), 120, &[1536], 256).case());
+    cases
+}

@@ -1,0 +1,369 @@
+//! The CUDA driver behind types that free what they own: context, streams, events, device
+//! and pinned memory, modules. Every call is checked; errors say what was being done.
+
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+
+use cudarc::driver::{result, sys};
+
+use crate::{Error, Result};
+
+/// An address in device memory.
+pub(super) type Address = u64;
+
+/// Turns the driver's answer into an error of this crate; `doing` completes "the GPU
+/// failed while …".
+pub(super) fn check<T>(doing: &str, answer: Result<T, result::DriverError>) -> Result<T> {
+    answer.map_err(|e| {
+        if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Error::memory(format!("the GPU has no memory left for {doing}"))
+                .hint("close other programs that use the GPU, or make the video smaller or shorter");
+        }
+        let name = e.error_name().ok().and_then(|n| n.to_str().ok()).unwrap_or("unknown error");
+        let text = e.error_string().ok().and_then(|n| n.to_str().ok()).unwrap_or("no description");
+        Error::device(format!("the GPU failed while {doing}: {text} ({name})"))
+    })
+}
+
+/// The primary context of one GPU.
+pub(super) struct Context {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+}
+
+// SAFETY: contexts may be used from any thread that makes them current.
+unsafe impl Send for Context {}
+// SAFETY: as above; the driver locks internally.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Takes the primary context of GPU `index`, which [`super::probe::require`] has found
+    /// to be usable.
+    pub fn new(index: usize) -> Result<Arc<Context>> {
+        check("starting the driver", result::init())?;
+        let device = check("opening the GPU", result::device::get(index as i32))?;
+        // SAFETY: `device` was just returned by the driver.
+        let context = check("opening the GPU", unsafe { result::primary_ctx::retain(device) })?;
+        let this = Arc::new(Context { device, context });
+        this.bind()?;
+        Ok(this)
+    }
+
+    /// Makes the context current on the calling thread.
+    pub fn bind(&self) -> Result<()> {
+        // SAFETY: the context lives as long as `self`.
+        check("selecting the GPU", unsafe { result::ctx::set_current(self.context) })
+    }
+
+    /// A property of the device.
+    pub fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32> {
+        // SAFETY: the device handle is valid.
+        let value = unsafe { result::device::get_attribute(self.device, attribute) };
+        check("asking for its properties", value)
+    }
+
+    /// Free and total device memory in bytes.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        self.bind()?;
+        let (free, total) = check("asking for its memory", result::mem_get_info())?;
+        Ok((free as u64, total as u64))
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: retained in `new`, released once. A failure at the end of a process is
+        // nothing that anyone could act on.
+        let _ = unsafe { result::primary_ctx::release(self.device) };
+    }
+}
+
+/// A queue of work that runs in order.
+pub(super) struct Stream {
+    context: Arc<Context>,
+    stream: sys::CUstream,
+}
+
+// SAFETY: streams may be used from any thread; the driver locks internally.
+unsafe impl Send for Stream {}
+
+impl Stream {
+    pub fn new(context: &Arc<Context>) -> Result<Stream> {
+        context.bind()?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
+        Ok(Stream { context: context.clone(), stream: check("creating a stream", stream)? })
+    }
+
+    /// Makes the context current on the calling thread, as work on the stream needs.
+    pub fn bind(&self) -> Result<()> {
+        self.context.bind()
+    }
+
+    pub fn synchronize(&self) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as `self`.
+        check("computing", unsafe { result::stream::synchronize(self.stream) })
+    }
+
+    /// Queues a copy within device memory.
+    ///
+    /// # Safety
+    /// Both ranges must be allocated and must not overlap.
+    pub unsafe fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        // SAFETY: passed on from the caller.
+        check("copying", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) })
+    }
+
+    /// Queues setting every byte of a range.
+    ///
+    /// # Safety
+    /// The range must be allocated.
+    pub unsafe fn fill(&self, to: Address, byte: u8, bytes: usize) -> Result<()> {
+        // SAFETY: passed on from the caller.
+        check("filling memory", unsafe { result::memset_d8_async(to, byte, bytes, self.stream) })
+    }
+
+    /// Queues a copy to the device. The bytes must stay as they are until it is done:
+    /// pinned memory guarded by an event, or synchronize.
+    ///
+    /// # Safety
+    /// `to` must be allocated for as many bytes.
+    pub unsafe fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
+        // SAFETY: passed on from the caller.
+        check("uploading", unsafe { result::memcpy_htod_async(to, bytes, self.stream) })
+    }
+
+    /// Queues a copy from the device; valid after the stream has been waited for.
+    ///
+    /// # Safety
+    /// `from` must be allocated for as many bytes.
+    pub unsafe fn download(&self, bytes: &mut [u8], from: Address) -> Result<()> {
+        // SAFETY: passed on from the caller.
+        check("downloading", unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) })
+    }
+
+    /// Queues a kernel whose one parameter is the struct at `parameters`.
+    ///
+    /// # Safety
+    /// The kernel must take exactly such a struct, and every address in it must be valid
+    /// for what the kernel reads and writes.
+    pub unsafe fn launch(
+        &self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        parameters: *const c_void,
+    ) -> Result<(), result::DriverError> {
+        let [x, y, z] = grid;
+        let mut pointers = [parameters.cast_mut()];
+        // SAFETY: the driver copies the parameters before it returns; the rest is passed on
+        // from the caller.
+        unsafe {
+            result::launch_kernel(
+                kernel.function,
+                (x, y, z),
+                (kernel.block, 1, 1),
+                kernel.shared,
+                self.stream,
+                &mut pointers,
+            )
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let _ = self.context.bind();
+        // SAFETY: created in `new`, destroyed once; the driver finishes queued work first.
+        let _ = unsafe { result::stream::destroy(self.stream) };
+    }
+}
+
+/// A point in a stream.
+pub(super) struct Event {
+    context: Arc<Context>,
+    event: sys::CUevent,
+}
+
+// SAFETY: events may be used from any thread.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// An event that also takes the time.
+    pub fn new(context: &Arc<Context>) -> Result<Event> {
+        context.bind()?;
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        Ok(Event { context: context.clone(), event: check("creating an event", event)? })
+    }
+
+    /// Marks the work queued so far on `stream`.
+    pub fn record(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: both are alive.
+        check("marking an event", unsafe { result::event::record(self.event, stream.stream) })
+    }
+
+    /// Blocks until the marked work is done; at once if nothing was marked.
+    pub fn synchronize(&self) -> Result<()> {
+        self.context.bind()?;
+        // SAFETY: the event is alive.
+        check("computing", unsafe { result::event::synchronize(self.event) })
+    }
+
+    /// Seconds from `start` to this event, both done.
+    pub fn seconds_since(&self, start: &Event) -> Result<f64> {
+        // SAFETY: both are alive.
+        let milliseconds = unsafe { result::event::elapsed(start.event, self.event) };
+        Ok(f64::from(check("taking the time", milliseconds)?) * 1e-3)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let _ = self.context.bind();
+        // SAFETY: created in `new`, destroyed once.
+        let _ = unsafe { result::event::destroy(self.event) };
+    }
+}
+
+/// A piece of device memory.
+pub(super) struct DeviceMemory {
+    context: Arc<Context>,
+    address: Address,
+    bytes: usize,
+}
+
+impl DeviceMemory {
+    /// Allocates at least one byte; `what` is for the message when there is no room.
+    pub fn new(context: &Arc<Context>, bytes: usize, what: &str) -> Result<DeviceMemory> {
+        context.bind()?;
+        // SAFETY: the context is current.
+        let address = unsafe { result::malloc_sync(bytes.max(1)) };
+        let what = format!("{what} ({:.1} MiB)", bytes as f64 / f64::from(1 << 20));
+        Ok(DeviceMemory { context: context.clone(), address: check(&what, address)?, bytes })
+    }
+
+    pub fn address(&self) -> Address {
+        self.address
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        let _ = self.context.bind();
+        // SAFETY: allocated in `new`, freed once; freeing waits for work that uses it.
+        let _ = unsafe { result::free_sync(self.address) };
+    }
+}
+
+/// Page-locked host memory, which the copy engine reads and writes directly.
+pub(super) struct PinnedMemory {
+    context: Arc<Context>,
+    start: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: the memory is owned.
+unsafe impl Send for PinnedMemory {}
+
+impl PinnedMemory {
+    pub fn new(context: &Arc<Context>, bytes: usize) -> Result<PinnedMemory> {
+        context.bind()?;
+        // SAFETY: the context is current.
+        let start = unsafe { result::malloc_host(bytes.max(1), 0) };
+        let start = check("pinned host memory", start)?.cast::<u8>();
+        // Initialised once, so that it may be seen as a slice.
+        // SAFETY: just allocated with this size.
+        unsafe { start.write_bytes(0, bytes) };
+        Ok(PinnedMemory { context: context.clone(), start, bytes })
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: owned and initialised.
+        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
+    }
+
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: owned, initialised and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        let _ = self.context.bind();
+        // SAFETY: allocated in `new`, freed once.
+        let _ = unsafe { result::free_host(self.start.cast()) };
+    }
+}
+
+/// Compiled kernels of one source file.
+pub(super) struct Module {
+    context: Arc<Context>,
+    module: sys::CUmodule,
+}
+
+// SAFETY: modules may be used from any thread.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+impl Module {
+    /// Loads a cubin or, zero-terminated, PTX.
+    pub fn new(context: &Arc<Context>, file: &str, image: &[u8]) -> Result<Module> {
+        context.bind()?;
+        // SAFETY: the image is complete: a cubin knows its own length, PTX ends with zero.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
+        let module = check(&format!("loading the kernels of {file}"), module)?;
+        Ok(Module { context: context.clone(), module })
+    }
+
+    /// The kernel `name`, run with blocks of `block` threads and `shared` bytes of dynamic
+    /// shared memory.
+    pub fn kernel(&self, name: &'static str, block: u32, shared: u32) -> Result<Kernel> {
+        let symbol = CString::new(name)
+            .map_err(|e| Error::device(format!("kernel {name:?}")).because(e))?;
+        // SAFETY: the module is alive.
+        let function = unsafe { result::module::get_function(self.module, symbol) };
+        let function = check(&format!("looking for the kernel {name}"), function)?;
+        // Without asking, 48 KiB is the limit.
+        if shared > 48 << 10 {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is valid.
+            let answer =
+                unsafe { result::function::set_function_attribute(function, attribute, shared as i32) };
+            check(&format!("reserving shared memory for {name}"), answer)?;
+        }
+        Ok(Kernel { function, name, block, shared })
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let _ = self.context.bind();
+        // SAFETY: loaded in `new`, unloaded once, after the kernels that came from it.
+        let _ = unsafe { result::module::unload(self.module) };
+    }
+}
+
+/// One entry point of a [`Module`], which must outlive it.
+#[derive(Clone, Copy)]
+pub(super) struct Kernel {
+    function: sys::CUfunction,
+    pub name: &'static str,
+    /// Threads of a block.
+    pub block: u32,
+    /// Dynamic shared memory of a block in bytes.
+    pub shared: u32,
+}
+
+// SAFETY: functions may be launched from any thread.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}

@@ -1,0 +1,126 @@
+//! Matrix products.
+
+use super::hopper::{self, Tile};
+use super::{Prepare, int};
+use crate::exec::cuda::kernels::blocks;
+use crate::exec::cuda::params::{self, RowGroups};
+use crate::exec::cuda::session::Place;
+use crate::exec::cuda::tensor_map;
+use crate::exec::cuda::weights::{bias_key, is_gated, linear_key};
+use crate::graph::{Epilogue, WeightId};
+use crate::tensor::DType;
+use crate::{Error, Result};
+
+pub(super) fn linear(
+    p: &mut Prepare<'_>,
+    parts: &[(WeightId, Option<WeightId>)],
+    epilogue: &Epilogue,
+) -> Result<()> {
+    let x = p.input(0, DType::Bf16)?;
+    let dtype = p.graph.tensor(p.node.output).dtype;
+    let out = p.output(dtype)?;
+    let bias = bias_key(p.graph, parts);
+    if bias.is_none() && parts.iter().any(|(_, b)| b.is_some()) {
+        return Err(Error::device("weights side by side must all have a bias or none"));
+    }
+    let mut gemm = params::Gemm {
+        x: x.address,
+        weight: p.weight(&linear_key(p.graph, parts))?,
+        bias: bias.map_or(Ok(0), |key| p.weight(&key))?,
+        out: out.address,
+        gate: 0,
+        ldx: x.stride as i64,
+        ldw: x.cols as i64,
+        ldo: out.stride as i64,
+        ld_gate: 0,
+        m: int(x.rows)?,
+        n: int(out.cols)?,
+        k: int(x.cols)?,
+        epilogue: 0,
+        activation: 0,
+        out_f32: i32::from(dtype == DType::F32),
+        groups: bytemuck::Zeroable::zeroed(),
+        pad: 0,
+    };
+    match epilogue {
+        Epilogue::Store => {}
+        Epilogue::Activate(activation) => gemm.activation = params::activation_code(*activation),
+        Epilogue::Accumulate => gemm.epilogue = 1,
+        Epilogue::GatedAccumulate { gate_column, groups } => {
+            let modulation = p.input(1, DType::F32)?;
+            gemm.epilogue = 2;
+            gemm.gate = modulation.address + 4 * *gate_column as u64;
+            gemm.ld_gate = modulation.stride as i64;
+            gemm.groups = row_groups(groups)?;
+        }
+    }
+    debug_assert_eq!(is_gated(epilogue), gemm.gate != 0);
+    if !x.cols.is_multiple_of(8) || !x.stride.is_multiple_of(8) || !x.address.is_multiple_of(16) {
+        return Err(Error::device(format!(
+            "a matrix product over {} columns, {} apart, is not aligned to 16 bytes",
+            x.cols, x.stride
+        )));
+    }
+    let multiprocessors = p.kernels.multiprocessors as usize;
+    if p.kernels.hopper && fits_hopper(&gemm, out) {
+        let f32_out = dtype == DType::F32;
+        let tiles = HOPPER_TILES.iter().filter(|t| !f32_out || t.cluster == 1 && t.columns <= 128);
+        let units = |t: &Tile| x.rows.div_ceil(t.rows * t.cluster) * out.cols.div_ceil(t.columns);
+        let (tile, grid) = hopper::cheapest(tiles, multiprocessors, x.cols, units)?;
+        let (rows, cols) = (out.cols, x.cols);
+        let weight =
+            Place { address: gemm.weight, rows, cols, stride: cols, dtype: DType::Bf16 };
+        let parameters = params::GemmSm90 {
+            a: tensor_map::matrix(x, tile.rows)?,
+            b: tensor_map::matrix(weight, tile.columns / tile.cluster)?,
+            gemm,
+            tail: [0; 3],
+        };
+        let suffix = if f32_out { "_f32" } else { "" };
+        return p.launch(&format!("gemm_sm90_{tile}{suffix}"), grid, &parameters);
+    }
+    let (name, rows, columns) = generic_tile(x.rows, out.cols, multiprocessors);
+    let tiles = x.rows.div_ceil(rows) * out.cols.div_ceil(columns);
+    p.launch(name, [blocks(tiles, 1)?, 1, 1], &gemm)
+}
+
+/// The tiles of `kernels/gemm_sm90.cu`; those of one block and up to 128 columns also write
+/// f32.
+const HOPPER_TILES: [Tile; 6] = [
+    Tile { rows: 128, columns: 256, cluster: 2 },
+    Tile { rows: 128, columns: 256, cluster: 1 },
+    Tile { rows: 128, columns: 192, cluster: 2 },
+    Tile { rows: 256, columns: 128, cluster: 2 },
+    Tile { rows: 128, columns: 128, cluster: 1 },
+    Tile { rows: 128, columns: 64, cluster: 1 },
+];
+
+/// Whether the kernels for sm_90 take this product.
+fn fits_hopper(gemm: &params::Gemm, out: Place) -> bool {
+    gemm.n % 8 == 0
+        && out.stride.is_multiple_of(8)
+        && out.address.is_multiple_of(32)
+        && gemm.gate.is_multiple_of(16)
+        && gemm.ld_gate % 4 == 0
+}
+
+/// The tile of `kernels/gemm.cu` for a product of `m` rows and `n` columns.
+fn generic_tile(m: usize, n: usize, multiprocessors: usize) -> (&'static str, usize, usize) {
+    let fills = |rows, columns| m.div_ceil(rows) * n.div_ceil(columns) >= multiprocessors;
+    match () {
+        () if m <= 16 => ("gemm_16x64", 16, 64),
+        () if n <= 16 => ("gemm_128x16", 128, 16),
+        () if n <= 32 => ("gemm_128x32", 128, 32),
+        () if fills(512, 128) => ("gemm_256x128", 256, 128),
+        () if fills(128, 128) => ("gemm_128x128", 128, 128),
+        () if fills(128, 64) => ("gemm_128x64", 128, 64),
+        () => ("gemm_64x64", 64, 64),
+    }
+}
+
+/// The groups as kernels take them.
+pub(super) fn row_groups(groups: &[crate::graph::RowGroup]) -> Result<RowGroups> {
+    RowGroups::new(groups).ok_or_else(|| {
+        Error::device(format!("rows change their sample more than {} times", RowGroups::MOST))
+    })
+}

@@ -1,0 +1,401 @@
+//! Graphs on the device: their memory, and running them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::driver::{Address, Context, DeviceMemory, Event, Stream};
+use super::kernels::Kernels;
+use super::memory::{PATTERN, Piece};
+use super::ops::Prepare;
+use super::readback::Readback;
+use super::step::Step;
+use super::tables::Tables;
+use super::weights::{DeviceWeights, Uploader};
+use super::Cuda;
+use crate::exec::{GraphId, Pending, Session};
+use crate::graph::{Graph, Op, Plan, Role, TensorId};
+use crate::tensor::{DType, WeightSource};
+use crate::{Error, Result};
+
+/// Bytes written between timed runs, so that the next finds no data in the cache: several
+/// times the 60 MB of the largest.
+const FLUSH: usize = 256 << 20;
+
+/// Where a tensor lies in device memory.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Place {
+    pub address: Address,
+    pub rows: usize,
+    pub cols: usize,
+    /// Elements between rows.
+    pub stride: usize,
+    pub dtype: DType,
+}
+
+/// A graph with everything that runs need.
+struct Planned {
+    graph: Graph,
+    plan: Plan,
+    /// Memory of inputs and constants, and of all roots in a fenced session.
+    own: HashMap<TensorId, Piece>,
+    tables: Tables,
+    steps: Vec<Step>,
+    /// The arena and scratch memory that `steps` were made for.
+    made_for: [Address; 2],
+}
+
+/// Graphs that share weights, an arena and states on one GPU.
+pub(super) struct CudaSession {
+    stream: Stream,
+    uploader: Arc<Mutex<Uploader>>,
+    context: Arc<Context>,
+    kernels: Arc<Kernels>,
+    fenced: bool,
+    weights: DeviceWeights,
+    graphs: Vec<Option<Planned>>,
+    arena: Option<DeviceMemory>,
+    scratch: Option<DeviceMemory>,
+    readback: Readback,
+    /// By name and bytes: graphs for tiles of several sizes take turns in one session.
+    states: HashMap<(String, usize), Piece>,
+}
+
+impl CudaSession {
+    pub fn new(backend: &Cuda, weights: Arc<dyn WeightSource>) -> Result<CudaSession> {
+        Ok(CudaSession {
+            stream: Stream::new(&backend.context)?,
+            uploader: backend.uploader.clone(),
+            context: backend.context.clone(),
+            kernels: backend.kernels.clone(),
+            fenced: backend.fenced,
+            weights: DeviceWeights::new(weights),
+            graphs: Vec::new(),
+            arena: None,
+            scratch: None,
+            readback: Readback::default(),
+            states: HashMap::new(),
+        })
+    }
+
+    fn planned(&self, id: GraphId) -> Result<&Planned> {
+        self.graphs
+            .get(id.0)
+            .and_then(Option::as_ref)
+            .ok_or_else(|| Error::usage("the graph was removed from its session"))
+    }
+
+    /// Memory of a tensor that outlives a run.
+    fn piece(&self, bytes: usize, name: &str) -> Result<Piece> {
+        Piece::new(&self.context, bytes, name, self.fenced, &self.stream)
+    }
+
+    /// Allocates what `graph` keeps between runs, and uploads its constants.
+    fn allocate(&mut self, graph: &Graph) -> Result<HashMap<TensorId, Piece>> {
+        let mut own = HashMap::new();
+        for (i, tensor) in graph.tensors().iter().enumerate() {
+            let id = TensorId(i as u32);
+            if tensor.root != id {
+                continue;
+            }
+            let bytes = tensor.len() * tensor.dtype.bytes();
+            match &tensor.role {
+                Role::Input => drop(own.insert(id, self.piece(bytes, &tensor.name)?)),
+                Role::Constant(c) => {
+                    let piece = self.piece(bytes, &tensor.name)?;
+                    // SAFETY: the piece holds as many bytes as the constant.
+                    unsafe {
+                        let data = bytemuck::cast_slice(&graph.constants()[*c]);
+                        self.stream.upload(piece.address(), data)?;
+                    }
+                    own.insert(id, piece);
+                }
+                Role::State => {
+                    let key = (tensor.name.clone(), bytes);
+                    if !self.states.contains_key(&key) {
+                        let piece = self.piece(bytes, &tensor.name)?;
+                        // SAFETY: as above.
+                        unsafe { self.stream.fill(piece.address(), 0, bytes)? };
+                        self.states.insert(key, piece);
+                    }
+                }
+                Role::Intermediate | Role::Output if self.fenced => {
+                    own.insert(id, self.piece(bytes, &tensor.name)?);
+                }
+                Role::Intermediate | Role::Output => {}
+            }
+        }
+        Ok(own)
+    }
+
+    /// Sees to it that the arena and the scratch memory are large enough.
+    fn reserve(&mut self, arena: u64, scratch: usize) -> Result<()> {
+        let grow = |memory: &mut Option<DeviceMemory>, bytes: usize, what: &str| {
+            if memory.as_ref().is_none_or(|m| m.bytes() < bytes) {
+                // The old one goes first: both need not fit at once.
+                *memory = None;
+                *memory = Some(DeviceMemory::new(&self.context, bytes, what)?);
+            }
+            Ok::<_, Error>(())
+        };
+        if !self.fenced {
+            grow(&mut self.arena, arena as usize, "intermediates")?;
+        }
+        grow(&mut self.scratch, scratch, "scratch")
+    }
+
+    fn bases(&self) -> [Address; 2] {
+        [&self.arena, &self.scratch].map(|m| m.as_ref().map_or(0, DeviceMemory::address))
+    }
+
+    fn prepare(&self, planned: &Planned) -> Result<Vec<Step>> {
+        let [_, scratch] = self.bases();
+        let mut steps = Vec::new();
+        for (index, node) in planned.graph.nodes().iter().enumerate() {
+            let place = |id| self.place(planned, id);
+            let mut prepare = Prepare {
+                graph: &planned.graph,
+                node,
+                index,
+                kernels: &self.kernels,
+                weights: &self.weights,
+                tables: &planned.tables,
+                scratch,
+                place: &place,
+                steps: &mut steps,
+            };
+            prepare.node().map_err(|e| e.at(format!("{} ({})", node.label, node.op.name())))?;
+        }
+        Ok(steps)
+    }
+
+    /// Where a tensor lies.
+    fn place(&self, planned: &Planned, id: TensorId) -> Result<Place> {
+        let t = planned.graph.tensor(id);
+        let root = planned.graph.tensor(t.root);
+        let start = match &root.role {
+            Role::State => {
+                let key = (root.name.clone(), root.len() * root.dtype.bytes());
+                self.states.get(&key).map(Piece::address)
+            }
+            _ => planned.own.get(&t.root).map(Piece::address).or_else(|| {
+                planned.plan.lifetime(t.root).map(|l| self.bases()[0] + l.offset)
+            }),
+        };
+        let start = start.ok_or_else(|| {
+            Error::usage(format!("tensor {} is read or written by no node", root.name))
+        })?;
+        Ok(Place {
+            address: start + (t.offset * t.dtype.bytes()) as u64,
+            rows: t.rows(),
+            cols: t.cols(),
+            stride: t.row_stride,
+            dtype: t.dtype,
+        })
+    }
+
+    fn input(&self, graph: GraphId, input: TensorId, elements: usize) -> Result<Place> {
+        let planned = self.planned(graph)?;
+        let tensor = planned.graph.tensor(input);
+        if tensor.root != input || tensor.role != Role::Input {
+            return Err(Error::usage("only inputs can be written"));
+        }
+        assert_eq!(tensor.len(), elements, "elements of the input {}", tensor.name);
+        self.place(planned, input)
+    }
+
+    fn queue(&self, planned: &Planned) -> Result<()> {
+        self.stream.bind()?;
+        for step in &planned.steps {
+            // SAFETY: the steps were made for the present arena and scratch memory; all
+            // else they name belongs to the session. One stream: steps run in order.
+            unsafe { step.queue(&self.stream, &planned.graph)? };
+        }
+        Ok(())
+    }
+
+    /// Makes the steps of `graph` anew if memory has moved since.
+    fn refresh(&mut self, graph: GraphId) -> Result<()> {
+        let planned = self.planned(graph)?;
+        if planned.made_for != self.bases() {
+            let (steps, made_for) = (self.prepare(planned)?, self.bases());
+            if let Some(planned) = self.graphs[graph.0].as_mut() {
+                (planned.steps, planned.made_for) = (steps, made_for);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills what a run has to write with NaN.
+    fn poison(&self, planned: &Planned) -> Result<()> {
+        for (&id, piece) in &planned.own {
+            if matches!(planned.graph.tensor(id).role, Role::Intermediate | Role::Output) {
+                // SAFETY: the piece is of this size, and nothing runs.
+                unsafe { self.stream.fill(piece.address(), PATTERN, piece.bytes())? };
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks every guard zone that a run of `planned` could have touched.
+    fn check_guards(&self, planned: &Planned) -> Result<()> {
+        self.stream.synchronize()?;
+        let pieces = planned.own.values().chain(self.states.values());
+        pieces.into_iter().try_for_each(|piece| piece.check(&self.stream))
+    }
+}
+
+impl Drop for CudaSession {
+    /// What is queued uses memory that goes now.
+    fn drop(&mut self) {
+        let _ = self.stream.synchronize();
+    }
+}
+
+impl Session for CudaSession {
+    fn add(&mut self, graph: Graph) -> Result<GraphId> {
+        for weight in graph.weights() {
+            let found = self.weights.host(&weight.name)?;
+            if found.shape != weight.shape {
+                return Err(Error::model(format!(
+                    "{} has shape {:?}, the model needs {:?}",
+                    weight.name, found.shape, weight.shape
+                )));
+            }
+        }
+        // What is queued may use memory that moves now.
+        self.stream.synchronize()?;
+        // A panic elsewhere leaves nothing behind that the next upload minds.
+        let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
+        self.weights.load(&graph, &self.context, &self.kernels, &mut uploader)?;
+        drop(uploader);
+        let own = self.allocate(&graph)?;
+        let plan = Plan::new(&graph, DType::bytes);
+        let tables = Tables::new(&graph, &self.kernels, &self.weights, &self.context, &self.stream)?;
+        let scratch = super::ops::scratch_bytes(&graph, &self.kernels);
+        self.reserve(plan.arena_bytes(), scratch)?;
+        let mut planned =
+            Planned { graph, plan, own, tables, steps: Vec::new(), made_for: self.bases() };
+        planned.steps = self.prepare(&planned)?;
+        self.graphs.push(Some(planned));
+        Ok(GraphId(self.graphs.len() - 1))
+    }
+
+    fn remove(&mut self, graph: GraphId) {
+        // A failure of what is queued shows at the next call.
+        let _ = self.stream.synchronize();
+        if let Some(slot) = self.graphs.get_mut(graph.0) {
+            *slot = None;
+        }
+    }
+
+    fn find(&self, graph: GraphId, name: &str) -> Result<TensorId> {
+        self.planned(graph)?.graph.find(name)
+    }
+
+    fn write(&mut self, graph: GraphId, input: TensorId, data: &[f32]) -> Result<()> {
+        let place = self.input(graph, input, data.len())?;
+        self.stream.bind()?;
+        let narrow = |v: &f32| bf16::from_f32(*v);
+        // SAFETY: the input holds as many elements. Pageable memory is read before the
+        // driver returns.
+        unsafe {
+            match place.dtype {
+                DType::Bf16 => {
+                    let data: Vec<bf16> = data.par_iter().map(narrow).collect();
+                    self.stream.upload(place.address, bytemuck::cast_slice(&data))
+                }
+                _ => self.stream.upload(place.address, bytemuck::cast_slice(data)),
+            }
+        }
+    }
+
+    fn write_ids(&mut self, graph: GraphId, input: TensorId, ids: &[u32]) -> Result<()> {
+        let place = self.input(graph, input, ids.len())?;
+        // A kernel cannot say which id was wrong.
+        let planned = self.planned(graph)?;
+        for node in planned.graph.nodes().iter().filter(|n| n.inputs.first() == Some(&input)) {
+            if let Op::Embedding { table, .. } = node.op {
+                let vocabulary = planned.graph.weights()[table.index()].shape[0];
+                crate::exec::check_ids(ids, vocabulary)?;
+            }
+        }
+        self.stream.bind()?;
+        // SAFETY: as in `write`.
+        unsafe { self.stream.upload(place.address, bytemuck::cast_slice(ids)) }
+    }
+
+    fn run(&mut self, graph: GraphId) -> Result<()> {
+        self.refresh(graph)?;
+        let planned = self.planned(graph)?;
+        if self.fenced {
+            self.stream.bind()?;
+            self.poison(planned)?;
+            self.queue(planned)?;
+            return self.check_guards(planned);
+        }
+        self.queue(planned)
+    }
+
+    fn read(&mut self, graph: GraphId, tensor: TensorId) -> Result<Vec<f32>> {
+        let planned = self.planned(graph)?;
+        let place = self.place(planned, tensor)?;
+        self.stream.bind()?;
+        // Whole rows with the gaps between them: only outputs that are views have any.
+        let elements = place.rows.saturating_sub(1) * place.stride + place.cols;
+        let mut bytes = vec![0u8; elements * place.dtype.bytes()];
+        // SAFETY: the rows lie within the tensor's memory; the stream is waited for.
+        unsafe { self.stream.download(&mut bytes, place.address)? };
+        self.stream.synchronize()?;
+        let mut out = vec![0.0; place.rows * place.cols];
+        let size = place.dtype.bytes();
+        out.par_chunks_mut(place.cols.max(1)).enumerate().for_each(|(r, row)| {
+            let bytes = &bytes[r * place.stride * size..][..place.cols * size];
+            match place.dtype {
+                DType::Bf16 => {
+                    for (v, b) in row.iter_mut().zip(bytes.chunks_exact(2)) {
+                        *v = bf16::from_le_bytes([b[0], b[1]]).to_f32();
+                    }
+                }
+                _ => {
+                    for (v, b) in row.iter_mut().zip(bytes.chunks_exact(4)) {
+                        *v = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                    }
+                }
+            }
+        });
+        Ok(out)
+    }
+
+    fn fetch_pixels(&mut self, graph: GraphId, tensor: TensorId) -> Result<Pending<Vec<u8>>> {
+        let planned = self.planned(graph)?;
+        let place = self.place(planned, tensor)?;
+        if place.dtype != DType::Bf16 || place.stride != place.cols {
+            return Err(Error::device("pixels are fetched from contiguous bf16 tensors"));
+        }
+        self.stream.bind()?;
+        self.readback.pixels(&self.context, &self.kernels, &self.stream, place)
+    }
+
+    fn time(&mut self, graph: GraphId, repeats: usize) -> Result<Vec<f64>> {
+        self.refresh(graph)?;
+        self.stream.bind()?;
+        let flush = DeviceMemory::new(&self.context, FLUSH, "flushing the cache")?;
+        let planned = self.planned(graph)?;
+        self.queue(planned)?;
+        let mut events = Vec::new();
+        for _ in 0..repeats {
+            // SAFETY: the memory lives until all runs have ended below.
+            unsafe { self.stream.fill(flush.address(), 0, FLUSH)? };
+            let (start, end) = (Event::new(&self.context)?, Event::new(&self.context)?);
+            start.record(&self.stream)?;
+            self.queue(planned)?;
+            end.record(&self.stream)?;
+            events.push((start, end));
+        }
+        self.stream.synchronize()?;
+        events.iter().map(|(start, end)| end.seconds_since(start)).collect()
+    }
+}

@@ -1,0 +1,75 @@
+//! What a run does: a flat list of launches, copies and fills with every address, grid and
+//! parameter resolved when the graph was added. The hot loop only queues them.
+
+use std::ffi::c_void;
+
+use bytemuck::Pod;
+
+use super::driver::{Address, Kernel, Stream, check};
+use crate::Result;
+use crate::graph::Graph;
+
+/// One thing to queue, on behalf of one node.
+pub(super) struct Step {
+    /// Index of the node in its graph.
+    pub node: usize,
+    pub work: Work,
+}
+
+/// See [`Step`].
+pub(super) enum Work {
+    Launch { kernel: Kernel, grid: [u32; 3], parameters: Parameters },
+    Copy { to: Address, from: Address, bytes: usize },
+    Clear { to: Address, bytes: usize },
+}
+
+/// A kernel's parameter struct, aligned for the tensor maps it may hold.
+pub(super) struct Parameters(Box<[Line]>);
+
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Line([u8; 64]);
+
+impl Parameters {
+    pub fn new<T: Pod>(parameters: &T) -> Parameters {
+        let bytes = bytemuck::bytes_of(parameters);
+        let line = |chunk: &[u8]| {
+            let mut line = Line([0; 64]);
+            line.0[..chunk.len()].copy_from_slice(chunk);
+            line
+        };
+        Parameters(bytes.chunks(64).map(line).collect())
+    }
+
+    /// Where the struct lies.
+    pub fn start(&self) -> *const c_void {
+        self.0.as_ptr().cast()
+    }
+}
+
+impl Step {
+    /// Queues the step on `stream`, whose context is current.
+    ///
+    /// # Safety
+    /// Every address in the step must still be allocated and used by nobody else until the
+    /// stream gets there.
+    pub unsafe fn queue(&self, stream: &Stream, graph: &Graph) -> Result<()> {
+        let place = |e: crate::Error| {
+            let node = &graph.nodes()[self.node];
+            e.at(format!("{} ({})", node.label, node.op.name()))
+        };
+        match &self.work {
+            Work::Launch { kernel, grid, parameters } => {
+                // SAFETY: `parameters` was made from the struct that the kernel declares;
+                // addresses are the caller's promise.
+                let answer = unsafe { stream.launch(kernel, *grid, parameters.start()) };
+                answer.or_else(|e| check(&format!("starting {}", kernel.name), Err(e)))
+            }
+            // SAFETY: the caller's promise; copies do not overlap by construction.
+            Work::Copy { to, from, bytes } => unsafe { stream.copy(*to, *from, *bytes) },
+            // SAFETY: the caller's promise.
+            Work::Clear { to, bytes } => unsafe { stream.fill(*to, 0, *bytes) },
+        }
+        .map_err(place)
+    }
+}

@@ -1,0 +1,287 @@
+//! Weights in device memory, in the form that the kernels read.
+//!
+//! Published weights become bf16, except tables that are only added in f32. Convolution
+//! weights are laid out tap by tap; the matrices that one node multiplies with side by side
+//! lie one below the other, so that they are one matrix.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::driver::{Address, Context, DeviceMemory, Event, PinnedMemory, Stream, check};
+use super::kernels::Kernels;
+use super::params::PackConv;
+use super::step::Work;
+use crate::Result;
+use crate::graph::{Epilogue, Graph, Node, Op, Plan, WeightId};
+use crate::tensor::{DType, WeightSource, WeightView};
+
+/// The form in which a kernel reads weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Form {
+    /// As in the file, in bf16.
+    Bf16,
+    /// As in the file, in f32.
+    F32,
+    /// A convolution's: `[out][tap][in]` in bf16, input channels padded to a multiple of 8.
+    Packed,
+}
+
+/// Weights that lie one after another in one form.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    names: Vec<String>,
+    form: Form,
+}
+
+impl Key {
+    pub fn new(graph: &Graph, weights: &[WeightId], form: Form) -> Key {
+        let name = |w: &WeightId| graph.weights()[w.index()].name.clone();
+        Key { names: weights.iter().map(name).collect(), form }
+    }
+}
+
+/// Input channels as convolution kernels read them: whole 16-byte pieces.
+pub(super) fn padded_channels(channels: usize) -> usize {
+    channels.next_multiple_of(8)
+}
+
+/// The weights that `node` reads from device memory.
+pub(super) fn keys_of(graph: &Graph, node: &Node) -> Vec<Key> {
+    let vectors = |ids: &[WeightId]| ids.iter().map(|&w| Key::new(graph, &[w], Form::Bf16)).collect();
+    match &node.op {
+        Op::Embedding { table, positions } => {
+            vectors(&[Some(*table), *positions].into_iter().flatten().collect::<Vec<_>>())
+        }
+        Op::Linear { parts, .. } => {
+            let mut keys = vec![linear_key(graph, parts)];
+            keys.extend(bias_key(graph, parts));
+            keys
+        }
+        Op::LayerNorm { weight, bias, .. } | Op::GroupNorm { weight, bias, .. } => {
+            vectors(&[*weight, *bias])
+        }
+        Op::RmsNorm { weight, .. } | Op::HeadNormRope { weight, .. } => vectors(&[*weight]),
+        Op::AddPositionTable { table, .. } => vec![Key::new(graph, &[*table], Form::F32)],
+        Op::Conv3d(spec) => vec![
+            Key::new(graph, &[spec.weight], Form::Packed),
+            Key::new(graph, &[spec.bias], Form::Bf16),
+        ],
+        // The relative bias is expanded on the host into a table of the graph.
+        Op::Attention(_)
+        | Op::LayerNormModulate { .. }
+        | Op::Activate(_)
+        | Op::GatedGelu
+        | Op::TimestepEmbedding
+        | Op::Patchify { .. }
+        | Op::Unpatchify
+        | Op::GuidedEuler => Vec::new(),
+    }
+}
+
+/// The matrices of a linear node, one below the other.
+pub(super) fn linear_key(graph: &Graph, parts: &[(WeightId, Option<WeightId>)]) -> Key {
+    Key::new(graph, &parts.iter().map(|(w, _)| *w).collect::<Vec<_>>(), Form::Bf16)
+}
+
+/// The biases of a linear node, one after the other, if it has them.
+pub(super) fn bias_key(graph: &Graph, parts: &[(WeightId, Option<WeightId>)]) -> Option<Key> {
+    let biases: Option<Vec<WeightId>> = parts.iter().map(|(_, b)| *b).collect();
+    biases.map(|b| Key::new(graph, &b, Form::Bf16))
+}
+
+/// Whether a node's epilogue reads the modulation table.
+pub(super) fn is_gated(epilogue: &Epilogue) -> bool {
+    matches!(epilogue, Epilogue::GatedAccumulate { .. })
+}
+
+/// All weights of a session that are on the device.
+pub(super) struct DeviceWeights {
+    source: Arc<dyn WeightSource>,
+    places: HashMap<Key, Address>,
+    memory: Vec<DeviceMemory>,
+}
+
+impl DeviceWeights {
+    pub fn new(source: Arc<dyn WeightSource>) -> DeviceWeights {
+        DeviceWeights { source, places: HashMap::new(), memory: Vec::new() }
+    }
+
+    /// The weight called `name`, on the host.
+    pub fn host(&self, name: &str) -> Result<WeightView<'_>> {
+        self.source.weight(name)
+    }
+
+    /// Where the weights of `key` lie, once they were [loaded](Self::load).
+    pub fn address(&self, key: &Key) -> Option<Address> {
+        self.places.get(key).copied()
+    }
+
+    /// Brings what `graph` needs and is not there yet to the device, in one allocation.
+    pub fn load(
+        &mut self,
+        graph: &Graph,
+        context: &Arc<Context>,
+        kernels: &Kernels,
+        uploader: &mut Uploader,
+    ) -> Result<()> {
+        let mut offset = 0u64;
+        let mut wanted: Vec<(Key, u64)> = Vec::new();
+        let mut seen = HashMap::new();
+        let mut staging = 0;
+        for key in graph.nodes().iter().flat_map(|n| keys_of(graph, n)) {
+            if self.places.contains_key(&key) || seen.contains_key(&key) {
+                continue;
+            }
+            let bytes = self.bytes_of(&key)?;
+            if key.form == Form::Packed {
+                staging = staging.max(bytes);
+            }
+            seen.insert(key.clone(), ());
+            wanted.push((key, offset));
+            offset = (offset + bytes).next_multiple_of(Plan::ALIGNMENT);
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let memory = DeviceMemory::new(context, offset as usize, "weights")?;
+        let staging = DeviceMemory::new(context, staging as usize, "weights on their way")?;
+        for (key, offset) in wanted {
+            let place = memory.address() + offset;
+            self.upload(&key, place, kernels, uploader, &staging)?;
+            self.places.insert(key, place);
+        }
+        // Before the staging memory goes.
+        uploader.finish()?;
+        self.memory.push(memory);
+        Ok(())
+    }
+
+    fn bytes_of(&self, key: &Key) -> Result<u64> {
+        let mut elements = 0;
+        for name in &key.names {
+            let view = self.source.weight(name)?;
+            elements += match key.form {
+                Form::Packed => view.len() / view.shape[1] * padded_channels(view.shape[1]),
+                Form::Bf16 | Form::F32 => view.len(),
+            };
+        }
+        let size = if key.form == Form::F32 { 4 } else { 2 };
+        Ok(elements as u64 * size)
+    }
+
+    fn upload(
+        &self,
+        key: &Key,
+        mut to: Address,
+        kernels: &Kernels,
+        uploader: &mut Uploader,
+        staging: &DeviceMemory,
+    ) -> Result<()> {
+        for name in &key.names {
+            let view = self.source.weight(name)?;
+            match key.form {
+                Form::Bf16 => to += uploader.upload(&view, DType::Bf16, to)?,
+                Form::F32 => to += uploader.upload(&view, DType::F32, to)?,
+                Form::Packed => {
+                    uploader.upload(&view, DType::Bf16, staging.address())?;
+                    let taps: usize = view.shape[2..].iter().product();
+                    let [cout, cin] = [view.shape[0], view.shape[1]];
+                    let parameters = PackConv {
+                        weight: staging.address(),
+                        out: to,
+                        cout: cout as i32,
+                        cin: cin as i32,
+                        taps: taps as i32,
+                        cin_padded: padded_channels(cin) as i32,
+                    };
+                    let elements = cout * taps * padded_channels(cin);
+                    uploader.launch(kernels.pack_conv(elements, &parameters)?)?;
+                    to += 2 * elements as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Brings data to the device through a ring of pinned buffers: while the copy engine reads
+/// one, the CPU's threads fill the next straight from the mapped file.
+pub(super) struct Uploader {
+    slots: Vec<(PinnedMemory, Event)>,
+    next: usize,
+    stream: Stream,
+}
+
+impl Uploader {
+    const SLOTS: usize = 2;
+    /// Large enough for the copy engine's full rate, small enough to lock at once.
+    const SLOT_BYTES: usize = 32 << 20;
+    /// What one thread converts at a time.
+    const PIECE: usize = 256 << 10;
+
+    pub fn new(context: &Arc<Context>) -> Result<Uploader> {
+        let slot = |_| Ok((PinnedMemory::new(context, Self::SLOT_BYTES)?, Event::new(context)?));
+        let slots = (0..Self::SLOTS).map(slot).collect::<Result<_>>()?;
+        Ok(Uploader { slots, next: 0, stream: Stream::new(context)? })
+    }
+
+    /// Queues the upload of all of `view` as `dtype` (bf16 or f32) and returns its bytes
+    /// there.
+    pub fn upload(&mut self, view: &WeightView<'_>, dtype: DType, to: Address) -> Result<u64> {
+        self.stream.bind()?;
+        let size = dtype.bytes();
+        let per_slot = Self::SLOT_BYTES / size;
+        for start in (0..view.len()).step_by(per_slot) {
+            let count = per_slot.min(view.len() - start);
+            let (buffer, free) = &mut self.slots[self.next];
+            free.synchronize()?;
+            let bytes = &mut buffer.as_mut_slice()[..count * size];
+            convert(view, start, dtype, bytes, Self::PIECE);
+            // SAFETY: `to` has room for the whole view; the slot is not written again
+            // before its event.
+            unsafe { self.stream.upload(to + (start * size) as u64, bytes)? };
+            free.record(&self.stream)?;
+            self.next = (self.next + 1) % Self::SLOTS;
+        }
+        Ok((view.len() * size) as u64)
+    }
+
+    /// Queues a launch behind the uploads.
+    fn launch(&self, work: Work) -> Result<()> {
+        let Work::Launch { kernel, grid, parameters } = work else { return Ok(()) };
+        // SAFETY: the parameters are those of this kernel, and their memory lives until
+        // `finish`.
+        let answer = unsafe { self.stream.launch(&kernel, grid, parameters.start()) };
+        check(&format!("starting {}", kernel.name), answer)
+    }
+
+    /// Waits until everything has arrived.
+    pub fn finish(&self) -> Result<()> {
+        self.stream.synchronize()
+    }
+}
+
+/// Elements `start ..` of `view` as `dtype` into `out`, on all threads.
+fn convert(view: &WeightView<'_>, start: usize, dtype: DType, out: &mut [u8], piece: usize) {
+    let size = dtype.bytes();
+    out.par_chunks_mut(piece).enumerate().for_each(|(i, out)| {
+        let (first, count) = (start + i * piece / size, out.len() / size);
+        if view.dtype == dtype {
+            out.copy_from_slice(&view.bytes[first * size..][..out.len()]);
+            return;
+        }
+        let mut values = vec![0.0f32; count];
+        view.widen(first, &mut values);
+        match dtype {
+            DType::Bf16 => {
+                for (out, v) in out.chunks_exact_mut(2).zip(values) {
+                    out.copy_from_slice(&bf16::from_f32(v).to_le_bytes());
+                }
+            }
+            _ => out.copy_from_slice(bytemuck::cast_slice(&values)),
+        }
+    });
+}
