@@ -23,7 +23,9 @@ fn text_encoders_agree_with_the_published_ones() {
             println!("skipped: {} holds no text golden", folder.display());
             continue;
         };
-        for Comparison { what, found, golden } in encoded(family, &folder, &golden, Box::new(Cpu::new())) {
+        for Comparison { what, found, golden } in
+            encoded(family, &folder, &golden, Box::new(Cpu::new()))
+        {
             check(&what, &found, &golden, SINGLE_CALL);
         }
     }

@@ -156,6 +156,11 @@ fn first_different_bits(a: &Output, b: &Output) -> Option<usize> {
     a.values.iter().zip(&b.values).position(|pair| !same(pair))
 }
 
+/// NaN exceeds every bound.
+fn exceeds(error: f64, bound: f64) -> bool {
+    error.is_nan() || error > bound
+}
+
 /// Whether the oracle is finite where it should be.
 fn check_oracle(case: &Case, oracle: &[Output], failures: &mut Vec<String>) {
     let values = || oracle.iter().flat_map(|output| &output.values);
@@ -179,7 +184,7 @@ fn judge(case: &Case, gpu: Option<&Gpu>, report: &mut Report) -> Result<()> {
     for (found, expected) in rounding.iter().zip(&oracle) {
         let comparison = Comparison::new(&found.values, &expected.values);
         let (name, cpu, largest) = (&found.name, comparison.error, comparison.largest);
-        if !(cpu < SANE) {
+        if exceeds(cpu, SANE) {
             let worst = at(comparison.worst, found, expected);
             report.failures.push(format!("{name}: bf16 costs {cpu:.1e} on the CPU, {worst}"));
         }
@@ -220,7 +225,7 @@ fn judge_variant(
         let cpu = report.errors[i].cpu;
         let allowed = (ALLOWED * cpu).max(case.floor);
         report.errors[i].gpu.push((kernels, comparison.error));
-        if !(comparison.error <= allowed) {
+        if exceeds(comparison.error, allowed) {
             report.failures.push(format!(
                 "{kernels}: {name} is off by {:.2e}, allowed {allowed:.2e}; worst {}",
                 comparison.error,
@@ -230,7 +235,7 @@ fn judge_variant(
         let scale = expected.values.iter().fold(0f32, |most, v| most.max(v.abs()));
         let allowed =
             (ALLOWED_OF_ONE * report.errors[i].largest).max(case.floor * f64::from(scale));
-        if !(comparison.largest <= allowed) {
+        if exceeds(comparison.largest, allowed) {
             report.failures.push(format!(
                 "{kernels}: an element of {name} is off by {:.2e}, allowed {allowed:.2e}, {}",
                 comparison.largest,

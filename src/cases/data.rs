@@ -171,3 +171,32 @@ impl WeightSource for CaseWeights {
         Ok(WeightView { dtype: *dtype, shape, bytes })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Fill;
+
+    #[test]
+    fn fills_are_what_they_say() {
+        let values = Fill::Normal(2.0).values(7, &[250, 400]);
+        let n = values.len() as f64;
+        let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+        let variance = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / n;
+        assert!(mean.abs() < 0.03 && (variance - 4.0).abs() < 0.1, "{mean} {variance}");
+        assert_eq!(values, Fill::Normal(2.0).values(7, &[250, 400]));
+        assert_ne!(values, Fill::Normal(2.0).values(8, &[250, 400]));
+
+        assert_eq!(Fill::Identity.values(0, &[2, 3]), [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]);
+        let nearly = Fill::NearlyConstant { mean: 1000.0, rarity: 24 }.values(1, &[2400]);
+        let steps = nearly.iter().filter(|&&v| v == 1004.0).count();
+        assert!((50..200).contains(&steps) && nearly.iter().all(|&v| v == 1000.0 || v == 1004.0));
+        let rows = Fill::ConstantRows.values(1, &[2, 2]);
+        assert!(rows[0] == rows[1] && rows[2] == rows[3] && rows[0] != rows[2]);
+        let nan = Fill::Constant(1.0).with_nan(1).values(0, &[3]);
+        assert_eq!(nan.iter().map(|v| v.is_nan()).collect::<Vec<_>>(), [false, true, false]);
+
+        let ids = Fill::Ids(11).ids(3, 40).expect("ids");
+        assert!(ids[0] == 10 && ids[1] == 0 && ids.iter().all(|&id| id < 11));
+        assert_eq!(Fill::Constant(1.0).ids(3, 4), None);
+    }
+}

@@ -225,7 +225,7 @@ fn small() -> Vec<Case> {
 fn test() -> Vec<Case> {
     let mut cases = tails();
     for kind in Kind::ALL {
-        for (m, n, k) in [(1, 24, 72), (63, 136, 264), (240, 64, 1536), (1000, 1536, 64)] {
+        for (m, n, k) in [(1, 24, 72), (63, 136, 264), (240, 96, 1536), (1000, 1536, 64)] {
             cases.push(linear(kind, m, &[n], k).case());
         }
         cases.push(linear(kind, 65, &[72], 40).without_bias().case());

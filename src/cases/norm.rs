@@ -100,7 +100,7 @@ fn head_norm_rope(name: &str, rows: usize, heads: usize, first: usize) -> Case {
         g.mark_output("y", x);
         let angle =
             |i: usize| (i / HEAD_SIZE) as f64 * 1e4f64.powf(-((i % HEAD_SIZE / 2) as f64) / 32.0);
-        let part = |i: usize| if i % 2 == 0 { angle(i).cos() } else { angle(i).sin() };
+        let part = |i: usize| if i.is_multiple_of(2) { angle(i).cos() } else { angle(i).sin() };
         let table_rows = first + rows + 2;
         let table = (0..table_rows * HEAD_SIZE).map(|i| part(i) as f32).collect();
         let table = g.constant("rope", &[table_rows, HEAD_SIZE], table);

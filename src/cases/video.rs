@@ -230,7 +230,7 @@ fn channels_and_extents() -> Vec<Case> {
         }
     }
     for size in SIZES {
-        cases.push(conv(size, 16, 128).case());
+        cases.push(conv(size, 16, 96).case());
         cases.push(conv(size, 40, 40).with_residual().case());
     }
     cases.push(conv([2, 4, 6], 256, 512).case());

@@ -112,9 +112,9 @@ pub trait Session: Send {
 fn check_ids(ids: &[u32], vocabulary: usize) -> Result<()> {
     match ids.iter().find(|&&id| id as usize >= vocabulary) {
         None => Ok(()),
-        Some(id) => Err(Error::model(format!(
-            "token id {id} is outside the vocabulary of {vocabulary}"
-        ))
-        .hint("the tokenizer and the text encoder belong to different checkpoints")),
+        Some(id) => {
+            Err(Error::model(format!("token id {id} is outside the vocabulary of {vocabulary}"))
+                .hint("the tokenizer and the text encoder belong to different checkpoints"))
+        }
     }
 }

@@ -8,8 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::{
-    Event, Phase, Pipeline, Reporter, Request, SavedRun,
-    pixels_of, plan, stop_if_cancelled,
+    Event, Phase, Pipeline, Reporter, Request, SavedRun, pixels_of, plan, stop_if_cancelled,
 };
 use crate::media::{Frame, Metadata, OutputTarget, check_target, load_image, open_sink};
 use crate::sampler::{Latent, PhiloxNoise};

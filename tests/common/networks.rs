@@ -71,8 +71,7 @@ fn text_of(golden: &Golden) -> (Vec<usize>, Vec<f32>) {
 pub fn transformer_calls(folder: &Path, golden: &Golden, backend: &dyn Backend) -> Vec<Comparison> {
     let checkpoint = checkpoint(folder, golden.setting("variant"));
     let dtype = backend.activations();
-    let mut session =
-        backend.open(weights(&checkpoint, Component::Transformer)).expect("session");
+    let mut session = backend.open(weights(&checkpoint, Component::Transformer)).expect("session");
     let (text_tokens, text) = text_of(golden);
     let (_, pooled) = golden.tensor("pooled");
     let calls = calls(golden);

@@ -5,9 +5,7 @@ use std::path::Path;
 use pyraflow::checkpoint::{Checkpoint, StoreOptions, Variant};
 use pyraflow::exec::{Backend, Cpu};
 use pyraflow::media::{Fit, Frame};
-use pyraflow::pipeline::{
-    FirstImage, Pipeline, Quiet, Request, Tiling, Tokenizers, pixels_of,
-};
+use pyraflow::pipeline::{FirstImage, Pipeline, Quiet, Request, Tiling, Tokenizers, pixels_of};
 use pyraflow::sampler::{Latent, LatentShape, LinearGuidance, RecordedNoise};
 
 use super::golden::{Golden, channels_last, check};

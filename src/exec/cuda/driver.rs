@@ -16,8 +16,9 @@ pub(super) type Address = u64;
 pub(super) fn check<T>(doing: &str, answer: Result<T, result::DriverError>) -> Result<T> {
     answer.map_err(|e| {
         if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            return Error::memory(format!("the GPU has no memory left for {doing}"))
-                .hint("close other programs that use the GPU, or make the video smaller or shorter");
+            return Error::memory(format!("the GPU has no memory left for {doing}")).hint(
+                "close other programs that use the GPU, or make the video smaller or shorter",
+            );
         }
         let name = e.error_name().ok().and_then(|n| n.to_str().ok()).unwrap_or("unknown error");
         let text = e.error_string().ok().and_then(|n| n.to_str().ok()).unwrap_or("no description");
@@ -327,17 +328,19 @@ impl Module {
     /// The kernel `name`, run with blocks of `block` threads and `shared` bytes of dynamic
     /// shared memory.
     pub fn kernel(&self, name: &'static str, block: u32, shared: u32) -> Result<Kernel> {
-        let symbol = CString::new(name)
-            .map_err(|e| Error::device(format!("kernel {name:?}")).because(e))?;
+        let symbol =
+            CString::new(name).map_err(|e| Error::device(format!("kernel {name:?}")).because(e))?;
         // SAFETY: the module is alive.
         let function = unsafe { result::module::get_function(self.module, symbol) };
         let function = check(&format!("looking for the kernel {name}"), function)?;
         // Without asking, 48 KiB is the limit.
         if shared > 48 << 10 {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let attribute =
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is valid.
-            let answer =
-                unsafe { result::function::set_function_attribute(function, attribute, shared as i32) };
+            let answer = unsafe {
+                result::function::set_function_attribute(function, attribute, shared as i32)
+            };
             check(&format!("reserving shared memory for {name}"), answer)?;
         }
         Ok(Kernel { function, name, block, shared })

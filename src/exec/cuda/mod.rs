@@ -25,8 +25,8 @@ use crate::graph::{Graph, Plan};
 use crate::tensor::{DType, WeightSource};
 use driver::{Context, DeviceMemory, Event, Stream};
 use kernels::Kernels;
-use weights::Uploader;
 pub use probe::GpuInfo;
+use weights::Uploader;
 
 /// The CUDA backend on one GPU.
 #[derive(Clone)]

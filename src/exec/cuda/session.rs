@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::bf16;
 use rayon::prelude::*;
 
+use super::Cuda;
 use super::driver::{Address, Context, DeviceMemory, Event, Stream};
 use super::kernels::Kernels;
 use super::memory::{PATTERN, Piece};
@@ -14,7 +15,6 @@ use super::readback::Readback;
 use super::step::Step;
 use super::tables::Tables;
 use super::weights::{DeviceWeights, Uploader};
-use super::Cuda;
 use crate::exec::{GraphId, Pending, Session};
 use crate::graph::{Graph, Op, Plan, Role, TensorId};
 use crate::tensor::{DType, WeightSource};
@@ -180,9 +180,11 @@ impl CudaSession {
                 let key = (root.name.clone(), root.len() * root.dtype.bytes());
                 self.states.get(&key).map(Piece::address)
             }
-            _ => planned.own.get(&t.root).map(Piece::address).or_else(|| {
-                planned.plan.lifetime(t.root).map(|l| self.bases()[0] + l.offset)
-            }),
+            _ => planned
+                .own
+                .get(&t.root)
+                .map(Piece::address)
+                .or_else(|| planned.plan.lifetime(t.root).map(|l| self.bases()[0] + l.offset)),
         };
         let start = start.ok_or_else(|| {
             Error::usage(format!("tensor {} is read or written by no node", root.name))
@@ -273,7 +275,8 @@ impl Session for CudaSession {
         drop(uploader);
         let own = self.allocate(&graph)?;
         let plan = Plan::new(&graph, DType::bytes);
-        let tables = Tables::new(&graph, &self.kernels, &self.weights, &self.context, &self.stream)?;
+        let tables =
+            Tables::new(&graph, &self.kernels, &self.weights, &self.context, &self.stream)?;
         let scratch = super::ops::scratch_bytes(&graph, &self.kernels);
         self.reserve(plan.arena_bytes(), scratch)?;
         let mut planned =

@@ -150,9 +150,10 @@ fn tiles(segments: &[Segment], queries: usize) -> (Vec<AttentionTile>, Vec<KeyRa
 /// `[head][distance]` with distances `-(n−1) ..= n−1`, `n` being the longest segment's
 /// number of queries or keys.
 fn expand_bias(spec: &AttentionSpec, value: impl Fn(i64, usize) -> f32) -> (Vec<f32>, usize) {
-    let longest = spec.segments.iter().map(|s| {
-        s.queries.len().max(s.keys.iter().map(ExactSizeIterator::len).sum())
-    });
+    let longest = spec
+        .segments
+        .iter()
+        .map(|s| s.queries.len().max(s.keys.iter().map(ExactSizeIterator::len).sum()));
     let n = longest.max().unwrap_or(1).max(1) as i64;
     let heads = 0..spec.heads;
     let values = heads.flat_map(|head| (1 - n..n).map(move |d| (d, head)));
@@ -171,8 +172,10 @@ mod tests {
         ];
         let (tiles, ranges) = tiles(&segments, 64);
         assert_eq!(ranges.len(), 4);
-        let spans: Vec<_> =
-            tiles.iter().map(|t| (t.query, t.queries, t.position, t.first_range, t.ranges)).collect();
+        let spans: Vec<_> = tiles
+            .iter()
+            .map(|t| (t.query, t.queries, t.position, t.first_range, t.ranges))
+            .collect();
         let second = [(40, 64, 0, 2, 2), (104, 64, 64, 2, 2), (168, 9, 128, 2, 2)];
         assert_eq!(spans[..3], second);
         assert_eq!(spans[3], (0, 5, 0, 0, 2));

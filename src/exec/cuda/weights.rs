@@ -50,7 +50,8 @@ pub(super) fn padded_channels(channels: usize) -> usize {
 
 /// The weights that `node` reads from device memory.
 pub(super) fn keys_of(graph: &Graph, node: &Node) -> Vec<Key> {
-    let vectors = |ids: &[WeightId]| ids.iter().map(|&w| Key::new(graph, &[w], Form::Bf16)).collect();
+    let vectors =
+        |ids: &[WeightId]| ids.iter().map(|&w| Key::new(graph, &[w], Form::Bf16)).collect();
     match &node.op {
         Op::Embedding { table, positions } => {
             vectors(&[Some(*table), *positions].into_iter().flatten().collect::<Vec<_>>())

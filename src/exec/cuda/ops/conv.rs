@@ -2,22 +2,20 @@
 
 use super::hopper::{self, Tile};
 use super::{Prepare, int};
+use crate::Result;
 use crate::exec::cuda::kernels::blocks;
-use crate::exec::cuda::{params, tensor_map};
 use crate::exec::cuda::session::Place;
 use crate::exec::cuda::step::Work;
 use crate::exec::cuda::weights::{Form, Key, padded_channels};
+use crate::exec::cuda::{params, tensor_map};
 use crate::graph::{ConvSpec, Shuffle};
 use crate::tensor::DType;
-use crate::Result;
 
 pub(super) fn conv3d(p: &mut Prepare<'_>, spec: &ConvSpec) -> Result<()> {
     let (x, out) = (p.input(0, DType::Bf16)?, p.output(DType::Bf16)?);
     let residual = if spec.residual { p.input(1, DType::Bf16)?.address } else { 0 };
     let state = p.node.state.map(|s| (p.place)(s)).transpose()?;
-    let &[frames, height, width, channels] = p.input_shape(0) else {
-        unreachable!("4-D by shape")
-    };
+    let &[frames, height, width, channels] = p.input_shape(0) else { unreachable!("4-D by shape") };
     let cout = p.graph.weights()[spec.weight.index()].shape[0];
     let front = spec.front_frames();
     let [kt, _, _] = spec.kernel;
@@ -111,13 +109,8 @@ fn launch_hopper(p: &mut Prepare<'_>, conv: &params::Conv) -> Result<()> {
         let extents = [frames, height, width, channels];
         tensor_map::video(address, extents, extent_of_box, [stride_y, stride_x])
     };
-    let weight = Place {
-        address: conv.weight,
-        rows: cout,
-        cols: depth,
-        stride: depth,
-        dtype: DType::Bf16,
-    };
+    let weight =
+        Place { address: conv.weight, rows: cout, cols: depth, stride: depth, dtype: DType::Bf16 };
     let parameters = params::ConvSm90 {
         x_map: video(conv.x, input[0])?,
         // Never read where nothing is carried, but it must be a map of something.

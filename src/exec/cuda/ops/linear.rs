@@ -68,8 +68,7 @@ pub(super) fn linear(
         let units = |t: &Tile| x.rows.div_ceil(t.rows * t.cluster) * out.cols.div_ceil(t.columns);
         let (tile, grid) = hopper::cheapest(tiles, multiprocessors, x.cols, units)?;
         let (rows, cols) = (out.cols, x.cols);
-        let weight =
-            Place { address: gemm.weight, rows, cols, stride: cols, dtype: DType::Bf16 };
+        let weight = Place { address: gemm.weight, rows, cols, stride: cols, dtype: DType::Bf16 };
         let parameters = params::GemmSm90 {
             a: tensor_map::matrix(x, tile.rows)?,
             b: tensor_map::matrix(weight, tile.columns / tile.cluster)?,

@@ -25,8 +25,7 @@ pub(super) fn activate(p: &mut Prepare<'_>, activation: Activation) -> Result<()
         cols: int(out.cols)?,
         activation: params::activation_code(activation),
     };
-    let (name, vector) =
-        if in_eights(&[x, out]) { ("activate_v8", 8) } else { ("activate_v1", 1) };
+    let (name, vector) = if in_eights(&[x, out]) { ("activate_v8", 8) } else { ("activate_v1", 1) };
     p.launch(name, grid(out.rows * out.cols, vector)?, &parameters)
 }
 
@@ -82,9 +81,7 @@ pub(super) fn timestep_embedding(p: &mut Prepare<'_>) -> Result<()> {
 
 pub(super) fn patchify(p: &mut Prepare<'_>, channels_first: bool) -> Result<()> {
     let (x, out) = (p.input(0, DType::F32)?, p.output(DType::Bf16)?);
-    let &[frames, height, width, channels] = p.input_shape(0) else {
-        unreachable!("4-D by shape")
-    };
+    let &[frames, height, width, channels] = p.input_shape(0) else { unreachable!("4-D by shape") };
     let parameters = params::Patchify {
         x: x.address,
         out: out.address,
@@ -101,9 +98,7 @@ pub(super) fn patchify(p: &mut Prepare<'_>, channels_first: bool) -> Result<()> 
 
 pub(super) fn unpatchify(p: &mut Prepare<'_>) -> Result<()> {
     let (x, out) = (p.input(0, DType::Bf16)?, p.output(DType::F32)?);
-    let &[frames, height, width, channels] = p.output_shape() else {
-        unreachable!("4-D by shape")
-    };
+    let &[frames, height, width, channels] = p.output_shape() else { unreachable!("4-D by shape") };
     let parameters = params::Unpatchify {
         x: x.address,
         out: out.address,
@@ -136,11 +131,8 @@ pub(super) fn add_position_table(
         grid_h: int(clip[0])?,
         grid_w: int(clip[1])?,
     };
-    let (name, vector) = if in_eights(&[x]) {
-        ("add_position_table_v8", 8)
-    } else {
-        ("add_position_table_v1", 1)
-    };
+    let (name, vector) =
+        if in_eights(&[x]) { ("add_position_table_v8", 8) } else { ("add_position_table_v1", 1) };
     p.launch(name, grid(x.rows * x.cols, vector)?, &parameters)
 }
 
