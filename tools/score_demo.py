@@ -10,7 +10,7 @@ A line of the prompts is {"caption", "shape", "colour", "motion"}. With --image 
 from an image: the line's "image" (a PNG file), or the first frame of its "file" (a .npy clip); both
 relative to the prompts. Options after -- go to `pyraflow generate`: `-- --steps 5 --guidance 3`.
 
-Clips are made one after the other with the command a user would type, written as PNG frames and
+Clips are made (one after the other, unless --jobs says otherwise) with the command a user would type, written as PNG frames and
 judged by `examples/judge.rs`. With --work DIR they are kept there, and a run that was stopped goes
 on where it was. The result is one JSON file: shares of right answers, confusion counts, a verdict
 for each prompt, the settings and the time that a clip takes.
@@ -21,6 +21,7 @@ Only the standard library is needed. Exit code 1: something failed, or a score i
 
 import argparse
 import ast
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -114,8 +115,7 @@ def generate(command, image, folder):
 
 def make_clips(args, prompts, work):
     """Makes a clip of every prompt and seed; returns their labels, which the judge reads, and their seconds."""
-    labels, times = [], []
-    total = len(prompts) * len(args.seeds)
+    labels, tasks = [], []
     for prompt in prompts:
         for seed in args.seeds:
             name = f"clip{len(labels):04d}"
@@ -132,10 +132,22 @@ def make_clips(args, prompts, work):
                 start_image(prompt, args.prompts, image)
                 label["image"] = image.name
                 command += ["--image", str(image)]
-            times.append(generate(command, image, folder))
+            tasks.append((command, image, folder))
             labels.append(label)
-            print(f"{len(labels)}/{total}  {times[-1]:.1f} s  {prompt['caption']}", file=sys.stderr, flush=True)
+    times = []
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for label, seconds in zip(labels, pool.map(lambda task: generate(*task), tasks)):
+            times.append(seconds)
+            print(f"{len(times)}/{len(labels)}  {seconds:.1f} s  {label['caption']}", file=sys.stderr, flush=True)
     return labels, times
+
+
+def devices(program):
+    """The GPUs and the driver that `pyraflow doctor` sees, if any."""
+    done = subprocess.run([program, "doctor", "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    driver = (found.get("driver") or {}).get("version")
+    return {"gpus": [gpu["name"] for gpu in found.get("gpus", [])], "driver": driver}
 
 
 def judge(program, labels, work):
@@ -164,7 +176,8 @@ def result(args, labels, times, verdicts, summary, shuffled):
     report = {
         "version": version.stdout.strip(),
         "settings": {"image": args.image, "seconds": args.seconds, "seeds": args.seeds, "options": args.options,
-                     "prompts": args.prompts.name, "cpus": len(os.sched_getaffinity(0))},
+                     "prompts": args.prompts.name, "cpus": len(os.sched_getaffinity(0)), "jobs": args.jobs,
+                     **devices(args.pyraflow), "commit": os.environ.get("PYRAFLOW_COMMIT")},
         "clips": len(clips),
         "scores": {a: round(summary[a], 4) for a in (*ATTRIBUTES, "all")},
         "scores_of_shuffled_labels": {a: round(s, 4) for a, s in shuffled.items()},
@@ -203,6 +216,7 @@ def arguments():
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a clip (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="each prompt is made with each seed")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--jobs", type=int, default=1, help="clips that are made at a time (default 1)")
     parser.add_argument("--work", type=pathlib.Path, help="keep the clips here and take up what is there")
     parser.add_argument("--require", type=requirement, nargs="+", default=[], metavar="NAME=VALUE",
                         help="fail below this: colour, shape, motion, all (shares), first_frame_psnr (dB)")

@@ -42,14 +42,23 @@ impl FromStr for Device {
 ///
 /// # Errors
 /// [`pyraflow::ErrorKind::Device`] if it cannot be used; [`Device::Auto`] takes the CPU where
-/// no GPU can be.
+/// no GPU can be, and says why if there is one.
 pub fn open_backend(device: Device) -> Result<Box<dyn Backend>> {
-    match device {
-        Device::Cpu => Ok(Box::new(Cpu::new())),
-        Device::Cuda(index) => Ok(Box::new(Cuda::open(index)?)),
-        Device::Auto if probe::require(None).is_err() => Ok(Box::new(Cpu::new())),
-        Device::Auto => Ok(Box::new(Cuda::open(None)?)),
-    }
+    let index = match device {
+        Device::Cpu => return Ok(Box::new(Cpu::new())),
+        Device::Cuda(index) => index,
+        Device::Auto => {
+            let found = probe::probe();
+            if let Err(error) = found.require(None) {
+                if !found.gpus.is_empty() {
+                    super::say(&format!("warning: using the CPU, since {error}"));
+                }
+                return Ok(Box::new(Cpu::new()));
+            }
+            None
+        }
+    };
+    Ok(Box::new(Cuda::open(index)?))
 }
 
 #[cfg(test)]

@@ -103,10 +103,10 @@ pub fn run(args: Args) -> Result<()> {
     args.video.apply(&mut request)?;
     request.seed = args.seed.unwrap_or_else(random_seed);
     // Before the weights are touched: converting them can take minutes.
-    let backend = open_backend(args.device)?;
     let (_, spec) = request.resolve()?;
     request.check_positions(checkpoint.transformer())?;
     pyraflow::media::check_target(&output.target, &spec, output.overwrite)?;
+    let backend = open_backend(args.device)?;
 
     let mode = match (args.json, args.quiet) {
         (true, _) => Mode::Json,
@@ -119,7 +119,7 @@ pub fn run(args: Args) -> Result<()> {
             "using the small built-in model (coloured shapes, 128x128); --model names another",
         );
     }
-    console.start(&request, &args.output)?;
+    console.start(&request, &args.output, &backend.description())?;
     let store = args.store.map_or_else(StoreOptions::default, StoreOptions::below);
     let pipeline = Pipeline::open(checkpoint, backend, &store, &mut console)?;
     let timings = pipeline.generate(&request, &output, &mut console)?;

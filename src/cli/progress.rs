@@ -60,14 +60,16 @@ impl Console {
     }
 
     /// Says what is about to run.
-    pub fn start(&mut self, request: &Request, output: &Path) -> Result<()> {
+    pub fn start(&mut self, request: &Request, output: &Path, device: &str) -> Result<()> {
         match self.mode {
             Mode::Json => json_line(&json!({
                 "event": "start", "seed": request.seed, "width": request.width,
                 "height": request.height, "units": request.units, "output": output.display().to_string(),
+                "device": device,
             })),
             Mode::People => {
                 super::say(&format!("seed {}", request.seed));
+                super::say(&format!("running on {device}"));
                 Ok(())
             }
             Mode::Quiet => Ok(()),
