@@ -55,26 +55,34 @@ def percent(share):
 
 def scores_section():
     """The scores as Markdown."""
-    lines = ["| clips | colour | shape | motion | shuffled labels | seconds a clip |", "|---|---|---|---|---|---|"]
+    lines = ["| clips | on | colour | shape | motion | shuffled labels | seconds a clip |", "|---|---|---|---|---|---|---|"]
     notes = []
-    for name, what in (("text", "text to video"), ("image", "image to video")):
+    for name in ("text", "text-gpu", "image", "image-gpu"):
         report = load(name)
         if report is None:
             continue
+        what = "image to video" if report["settings"]["image"] else "text to video"
         right = " | ".join(percent(report["scores"][a]) for a in ATTRIBUTES)
         chance = ", ".join(percent(report["scores_of_shuffled_labels"][a]) for a in ATTRIBUTES)
         seconds = report["seconds_per_clip"]["median"]
-        lines.append(f"| {what}, {report['clips']} of {report['settings']['seconds']:g} s | {right} | {chance} | {seconds} |")
+        lines.append(f"| {what}, {report['clips']} of {report['settings']['seconds']:g} s | {device(report['settings'])} "
+                     f"| {right} | {chance} | {seconds} |")
         if "first_frame_psnr" in report:
             psnr = report["first_frame_psnr"]
             values = [clip["first_frame_psnr"] for clip in report["verdicts"]]
             good = sum(v >= 25 for v in values)
-            notes.append(f"First frame against the given image: {psnr['mean']} dB on average, {psnr['least']} dB at "
-                         f"least, 25 dB or more in {good} of {len(values)}.")
-    cpus = next(r["settings"]["cpus"] for r in map(load, ("text", "image")) if r)
-    notes.insert(0, f"Prompts held out of training, default settings, on {cpus} CPU cores, scored by "
-                    "`tools/score_demo.py` with the independent judge in `tests/judge`.")
+            notes.append(f"First frame against the given image ({device(report['settings'])}): {psnr['mean']} dB on average, "
+                         f"{psnr['least']} dB at least, 25 dB or more in {good} of {len(values)}.")
+    notes.insert(0, "Prompts held out of training, default settings, scored by `tools/score_demo.py` with the independent "
+                    "judge in `tests/judge`; seconds include starting the program.")
     return "\n".join([notes[0], "", *lines, "", *notes[1:]])
+
+
+def device(settings):
+    """What the clips were made on."""
+    if "cuda" not in settings["options"]:
+        return f"{settings['cpus']} CPU cores"
+    return f"{settings['gpus'][0]}, {settings['jobs']} at a time"
 
 
 def settings_section():
