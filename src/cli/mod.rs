@@ -1,6 +1,7 @@
 //! One file per subcommand: arguments as typed → validated request → run.
 
 mod args;
+mod bench;
 mod device;
 mod doctor;
 mod generate;
@@ -27,6 +28,8 @@ enum Command {
     Generate(Box<generate::Args>),
     /// Show what a run takes in memory and arithmetic, without reading any weights.
     Plan(Box<plan::Args>),
+    /// Measure a run of a published size with random weights, phase by phase and op by op.
+    Bench(Box<bench::Args>),
     /// Show what a checkpoint folder, a video or an image is and how it was made.
     Inspect(inspect::Args),
     /// Show what this program and this machine can run on, and what is in the way.
@@ -38,6 +41,7 @@ pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(*args),
         Command::Plan(args) => plan::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -1,6 +1,6 @@
 //! `pyraflow plan`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pyraflow::checkpoint::{Checkpoint, Family, Variant};
 use pyraflow::exec::Cpu;
@@ -32,7 +32,7 @@ pub struct Args {
 
 /// Shows what a run takes.
 pub fn run(args: &Args) -> Result<()> {
-    let (networks, family, variant) = networks(args)?;
+    let (networks, family, variant) = networks(&args.model, args.variant.as_deref(), &args.video)?;
     let image = args.video.first_image();
     let mut request = Request::published(family, variant, &args.video.prompt()?, image);
     args.video.apply(&mut request)?;
@@ -48,20 +48,24 @@ pub fn run(args: &Args) -> Result<()> {
     })
 }
 
-fn networks(args: &Args) -> Result<(Networks, Family, Variant)> {
-    if let Some((family, variant)) = args.model.to_str().and_then(published) {
+/// The networks of a checkpoint folder, or those of a published model by name.
+pub(super) fn networks(
+    model: &Path,
+    variant: Option<&str>,
+    video: &VideoArgs,
+) -> Result<(Networks, Family, Variant)> {
+    if let Some((family, variant)) = model.to_str().and_then(published) {
         return Ok((Networks::published(family), family, variant));
     }
-    if !args.model.exists() {
-        let error = format!("there is no checkpoint {}", args.model.display());
+    if !model.exists() {
+        let error = format!("there is no checkpoint {}", model.display());
         return Err(Error::model(error).hint(
             "name a folder, or one of sd3-384p, sd3-768p, miniflux-384p, miniflux-768p and \
              miniflux-image",
         ));
     }
-    let by_size = args.video.variant_of_size();
-    let variant = choose_variant(&args.model, args.variant.as_deref(), by_size);
-    let checkpoint = Checkpoint::open(&args.model, variant.as_deref())?;
+    let variant = choose_variant(model, variant, video.variant_of_size());
+    let checkpoint = Checkpoint::open(model, variant.as_deref())?;
     Ok((Networks::of(&checkpoint)?, checkpoint.family(), checkpoint.variant()))
 }
 

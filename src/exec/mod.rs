@@ -106,6 +106,12 @@ pub trait Session: Send {
     /// # Errors
     /// Those of [`run`](Self::run).
     fn time(&mut self, graph: GraphId, repeats: usize) -> Result<Vec<f64>>;
+
+    /// Runs `graph` once to warm up and once more, and returns the seconds of each node.
+    ///
+    /// # Errors
+    /// Those of [`run`](Self::run).
+    fn profile(&mut self, graph: GraphId) -> Result<Vec<f64>>;
 }
 
 /// Fails if an id is not a row of a table of `vocabulary` rows.

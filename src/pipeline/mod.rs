@@ -17,6 +17,7 @@
 //! ```
 
 mod generate;
+mod measure;
 mod plan;
 mod progress;
 mod prompts;
@@ -31,6 +32,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use generate::{Output, Timings};
+pub use measure::{Measured, OpTime, PhaseTime, measure};
 pub use plan::{Networks, PhasePlan, plan};
 pub use progress::{Event, Phase, Quiet, Reporter};
 pub use prompts::{EncodedPrompt, PromptTokens, Tokenizers};

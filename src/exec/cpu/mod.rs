@@ -231,14 +231,7 @@ impl Session for CpuSession {
 
     fn run(&mut self, graph: GraphId) -> Result<()> {
         let planned = self.planned(graph)?;
-        for (step, node) in planned.graph.nodes().iter().enumerate() {
-            let run = Run { session: self, planned, node };
-            run.execute().map_err(|e| e.at(format!("{} ({})", node.label, node.op.name())))?;
-            if self.backend.poison {
-                self.poison(planned, step)?;
-            }
-        }
-        Ok(())
+        (0..planned.graph.nodes().len()).try_for_each(|step| self.node(planned, step))
     }
 
     fn read(&mut self, graph: GraphId, tensor: TensorId) -> Result<Vec<f32>> {
@@ -265,6 +258,26 @@ impl Session for CpuSession {
             Ok(clock.elapsed().as_secs_f64())
         };
         (0..repeats).map(once).collect()
+    }
+
+    fn profile(&mut self, graph: GraphId) -> Result<Vec<f64>> {
+        self.run(graph)?;
+        let planned = self.planned(graph)?;
+        let timed = |step| {
+            let clock = Instant::now();
+            self.node(planned, step)?;
+            Ok(clock.elapsed().as_secs_f64())
+        };
+        (0..planned.graph.nodes().len()).map(timed).collect()
+    }
+}
+
+impl CpuSession {
+    fn node(&self, planned: &Planned, step: usize) -> Result<()> {
+        let node = &planned.graph.nodes()[step];
+        let run = Run { session: self, planned, node };
+        run.execute().map_err(|e| e.at(format!("{} ({})", node.label, node.op.name())))?;
+        if self.backend.poison { self.poison(planned, step) } else { Ok(()) }
     }
 }
 

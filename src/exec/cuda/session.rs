@@ -401,4 +401,25 @@ impl Session for CudaSession {
         self.stream.synchronize()?;
         events.iter().map(|(start, end)| end.seconds_since(start)).collect()
     }
+
+    fn profile(&mut self, graph: GraphId) -> Result<Vec<f64>> {
+        self.refresh(graph)?;
+        let planned = self.planned(graph)?;
+        self.queue(planned)?;
+        let mark = || {
+            let event = Event::new(&self.context)?;
+            event.record(&self.stream)?;
+            Ok::<_, Error>(event)
+        };
+        let mut marks = vec![mark()?];
+        for node in 0..planned.graph.nodes().len() {
+            for step in planned.steps.iter().filter(|step| step.node == node) {
+                // SAFETY: as in `queue`.
+                unsafe { step.queue(&self.stream, &planned.graph)? };
+            }
+            marks.push(mark()?);
+        }
+        self.stream.synchronize()?;
+        marks.windows(2).map(|pair| pair[1].seconds_since(&pair[0])).collect()
+    }
 }

@@ -1,0 +1,274 @@
+//! Runs of the published sizes without their files: random weights, the real way through,
+//! timed phase by phase, and what each kind of op takes of it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+use half::bf16;
+use serde::Serialize;
+
+use super::plan::Networks;
+use super::prompts::EncodedPrompt;
+use super::transformer::{Transformer, geometry, record_step};
+use super::vae::Vae;
+use super::{Request, transformer};
+use crate::Result;
+use crate::exec::{Backend, Session};
+use crate::graph::Graph;
+use crate::models::dit::StepOutput;
+use crate::models::vae::{Window, record_decoder};
+use crate::models::{ExpectedWeight, clip, t5, vae};
+use crate::sampler::{PhiloxNoise, STAGES, Silent, sample};
+use crate::tensor::{DType, WeightSource, WeightView};
+use crate::text::{CLIP_LENGTH, T5_LENGTH};
+
+/// T5 tokens of the negative prompt and of the prompt, end marks included: the published
+/// negative prompt has about so many, and so has a sentence with the published suffix.
+const TEXT_TOKENS: [usize; 2] = [57, 40];
+
+/// One phase of a measured run.
+#[derive(Debug, Clone, Serialize)]
+pub struct PhaseTime {
+    /// Which phase.
+    pub name: &'static str,
+    /// Wall-clock seconds, loading the weights apart.
+    pub seconds: f64,
+    /// Seconds to bring the weights to the device and to make the first plan.
+    pub loading: f64,
+    /// Floating-point operations in matrix products; pairs that are masked do not count.
+    pub flops: u64,
+    /// Memory of the device in use at the end of the phase, in bytes, if it can be told.
+    pub memory: Option<u64>,
+}
+
+/// What one kind of op takes in one graph.
+#[derive(Debug, Clone, Serialize)]
+pub struct OpTime {
+    /// The graph: a stage of the last unit, or a window of the decoder.
+    pub graph: String,
+    /// The op.
+    pub op: &'static str,
+    /// Nodes of this op.
+    pub nodes: usize,
+    /// Their seconds together.
+    pub seconds: f64,
+    /// Their operations in matrix products.
+    pub flops: u64,
+}
+
+/// A measured run.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measured {
+    /// Text, sampling, decoding.
+    pub phases: Vec<PhaseTime>,
+    /// What the ops take in the graphs of the last unit.
+    pub ops: Vec<OpTime>,
+}
+
+/// Generates what `request` asks for with random weights in networks of the given sizes, and
+/// throws the frames away.
+///
+/// # Errors
+/// Those of [`Request::resolve`] and of the backend.
+pub fn measure(
+    networks: &Networks,
+    request: &Request,
+    backend: &dyn Backend,
+    mut phase_done: impl FnMut(&PhaseTime),
+) -> Result<Measured> {
+    let free = backend.free_memory();
+    let used = || Some(free?.saturating_sub(backend.free_memory()?));
+    let mut measured = Measured { phases: Vec::new(), ops: Vec::new() };
+    let mut add = |measured: &mut Measured, phase: PhaseTime| {
+        phase_done(&phase);
+        measured.phases.push(phase);
+    };
+    add(&mut measured, text(networks, backend, &used)?);
+
+    let (settings, _) = request.resolve()?;
+    let samples = if request.guidance > 0.0 { 2 } else { 1 };
+    let config = &networks.transformer;
+    let prompts: Vec<EncodedPrompt> =
+        TEXT_TOKENS[2 - samples..].iter().map(|&tokens| prompt(tokens, networks)).collect();
+    let weights = RandomWeights::of(transformer::expected_weights(config)?);
+    let dtype = backend.activations();
+
+    let clock = Instant::now();
+    let session = backend.open(weights.clone())?;
+    let mut denoiser = Transformer::new(config, session, dtype, &prompts, &settings)?;
+    let loading = clock.elapsed().as_secs_f64();
+    let clock = Instant::now();
+    let mut noise = PhiloxNoise { seed: request.seed };
+    let latents = sample(&settings, Vec::new(), &mut denoiser, &mut noise, &mut Silent)?;
+    let seconds = clock.elapsed().as_secs_f64();
+    let memory = used();
+    drop(denoiser);
+
+    let text_tokens: Vec<usize> = prompts.iter().map(|p| p.tokens).collect();
+    let mut flops = 0;
+    let mut session = backend.open(weights)?;
+    for unit in settings.first_unit()..settings.units {
+        for stage in 0..STAGES {
+            let at = settings.stage_geometry(unit, stage)?;
+            let graph =
+                record_step(config, &geometry(&at, &text_tokens), StepOutput::EulerStep, dtype)?;
+            flops += graph.flops() * at.timesteps.len() as u64;
+            if unit + 1 == settings.units {
+                let name = format!("stage {} of the last unit", stage + 1);
+                measured.ops.extend(profile(&mut *session, name, graph)?);
+            }
+        }
+    }
+    drop(session);
+    let name = "sampling";
+    add(&mut measured, PhaseTime { name, seconds, loading, flops, memory });
+    decode(networks, backend, &latents, &used, &mut measured, add)?;
+    Ok(measured)
+}
+
+fn text(
+    networks: &Networks,
+    backend: &dyn Backend,
+    used: &dyn Fn() -> Option<u64>,
+) -> Result<PhaseTime> {
+    let dtype = backend.activations();
+    let mut encoders =
+        vec![(t5::expected_weights(&networks.t5)?, t5::record(&networks.t5, T5_LENGTH, dtype)?)];
+    for config in &networks.clips {
+        encoders.push((clip::expected_weights(config)?, clip::record(config, CLIP_LENGTH, dtype)?));
+    }
+    let mut phase = PhaseTime { name: "text", seconds: 0.0, loading: 0.0, flops: 0, memory: None };
+    for (expected, graph) in encoders {
+        let flops = graph.flops();
+        let weights = RandomWeights::of(expected);
+        let clock = Instant::now();
+        let mut session = backend.open(weights)?;
+        let graph = session.add(graph)?;
+        phase.loading += clock.elapsed().as_secs_f64();
+        // Prompt and negative prompt, one after the other.
+        for seconds in session.time(graph, 2)? {
+            phase.seconds += seconds;
+            phase.flops += flops;
+        }
+        phase.memory = phase.memory.max(used());
+    }
+    Ok(phase)
+}
+
+fn decode(
+    networks: &Networks,
+    backend: &dyn Backend,
+    latents: &[crate::sampler::Latent],
+    used: &dyn Fn() -> Option<u64>,
+    measured: &mut Measured,
+    mut add: impl FnMut(&mut Measured, PhaseTime),
+) -> Result<()> {
+    let dtype = backend.activations();
+    let weights = RandomWeights::of(vae::expected_weights(&networks.vae)?);
+    let shape = latents.first().map_or_else(|| unreachable!("a run has units"), |l| l.shape());
+    let window = |continues| Window {
+        frames: 1,
+        height: shape.height,
+        width: shape.width,
+        continues,
+        carries: latents.len() > 1,
+    };
+    let graphs =
+        [false, true].map(|continues| record_decoder(&networks.vae, window(continues), dtype));
+    let [first, next] = graphs;
+    let (first, next) = (first?, next?);
+    let flops = first.flops() + next.flops() * (latents.len() as u64 - 1);
+    let clock = Instant::now();
+    let mut session = backend.open(weights.clone())?;
+    measured.ops.extend(profile(&mut *session, "decoding one latent".into(), next)?);
+    drop(session);
+
+    let mut decoder = Vae::new(backend, &networks.vae, weights)?;
+    // Weights and plans come with the first windows.
+    decoder.decode(&latents[..latents.len().min(2)], None, |_| Ok(()))?;
+    let loading = clock.elapsed().as_secs_f64();
+    let clock = Instant::now();
+    decoder.decode(latents, None, |_| Ok(()))?;
+    let seconds = clock.elapsed().as_secs_f64();
+    let phase = PhaseTime { name: "decoding", seconds, loading, flops, memory: used() };
+    add(measured, phase);
+    Ok(())
+}
+
+/// The seconds of each kind of op in `graph`, longest first.
+fn profile(session: &mut dyn Session, name: String, graph: Graph) -> Result<Vec<OpTime>> {
+    let nodes: Vec<_> =
+        graph.nodes().iter().map(|n| (n.op.name(), n.op.flops(&graph, n))).collect();
+    let id = session.add(graph)?;
+    let seconds = session.profile(id)?;
+    session.remove(id);
+    let mut ops: BTreeMap<&'static str, OpTime> = BTreeMap::new();
+    for ((op, flops), seconds) in nodes.into_iter().zip(seconds) {
+        let entry = ops.entry(op).or_insert_with(|| OpTime {
+            graph: name.clone(),
+            op,
+            nodes: 0,
+            seconds: 0.0,
+            flops: 0,
+        });
+        entry.nodes += 1;
+        entry.seconds += seconds;
+        entry.flops += flops;
+    }
+    let mut ops: Vec<_> = ops.into_values().collect();
+    ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    Ok(ops)
+}
+
+/// A prompt of `tokens` tokens, encoded to small random values.
+fn prompt(tokens: usize, networks: &Networks) -> EncodedPrompt {
+    let mut values = random_values(tokens as u64);
+    let mut take = |n: usize| (&mut values).take(n).collect();
+    EncodedPrompt {
+        embeds: take(tokens * networks.transformer.text_dim()),
+        tokens,
+        pooled: take(networks.transformer.pooled_dim()),
+    }
+}
+
+/// Values in ±0.05: with them activations stay finite through every network.
+fn random_values(seed: u64) -> impl Iterator<Item = f32> {
+    // The 64-bit generator of Steele, Lea and Flood, "Fast splittable pseudorandom number
+    // generators" (2014); any would do.
+    let mut state = seed;
+    std::iter::repeat_with(move || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.1
+    })
+}
+
+/// Weights of given names and shapes that all show the same random values: as heavy to load
+/// and to multiply with as real ones, and no larger than the largest of them.
+struct RandomWeights {
+    shapes: HashMap<String, Vec<usize>>,
+    bytes: Vec<u8>,
+}
+
+impl RandomWeights {
+    fn of(expected: Vec<ExpectedWeight>) -> Arc<RandomWeights> {
+        let largest = expected.iter().map(|(_, shape)| shape.iter().product()).max();
+        let values = random_values(0).take(largest.unwrap_or(0));
+        let bytes = values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect();
+        Arc::new(RandomWeights { shapes: expected.into_iter().collect(), bytes })
+    }
+}
+
+impl WeightSource for RandomWeights {
+    fn weight(&self, name: &str) -> Result<WeightView<'_>> {
+        let shape = self
+            .shapes
+            .get(name)
+            .ok_or_else(|| crate::Error::model(format!("the networks have no weight {name:?}")))?;
+        let elements: usize = shape.iter().product();
+        Ok(WeightView { dtype: DType::Bf16, shape, bytes: &self.bytes[..2 * elements] })
+    }
+}
