@@ -1,12 +1,12 @@
 //! The GPU that cases run on.
 
 use crate::Result;
-use crate::exec::cuda::probe;
+use crate::exec::cuda::{Gemm, probe};
 use crate::exec::{Backend, Cuda};
 
 /// A way to run on the GPU.
 pub struct Variant {
-    /// For tables: `fast`, `generic`.
+    /// For tables: `fast`, `generic`, and `cublaslt` where that is installed.
     pub name: &'static str,
     /// As pipelines use it.
     pub plain: Box<dyn Backend>,
@@ -45,10 +45,15 @@ pub fn gpu() -> Result<Gpu, String> {
         fenced: Box::new(cuda.clone().fenced()),
         plain: Box::new(cuda),
     };
+    let mut variants =
+        vec![variant("fast", cuda.clone()), variant("generic", cuda.clone().generic())];
+    if probe::cublaslt().is_some() {
+        variants.push(variant("cublaslt", cuda.clone().with_gemm(Gemm::CublasLt)));
+    }
     Ok(Gpu {
         name: cuda.info().name.clone(),
         driver: report.driver.and_then(|d| d.version).unwrap_or_default(),
-        variants: vec![variant("fast", cuda.clone()), variant("generic", cuda.clone().generic())],
+        variants,
         copy_rate: Box::new(move || cuda.copy_rate()),
     })
 }

@@ -36,7 +36,7 @@ struct Kernels {
     targets: Vec<String>,
 }
 
-/// A library that is faster where it is installed, and not needed.
+/// A library that is used where it is installed, and not needed.
 #[derive(Debug, Serialize)]
 struct Library {
     version: Option<String>,
@@ -61,8 +61,9 @@ pub fn run(args: &Args) -> Result<()> {
         gpu: found.require(None).ok().map(|gpu| gpu.index),
         cublaslt: Library {
             hint: version.is_none().then_some(
-                "not needed, but faster: install it with CUDA, or by pip install nvidia-cublas, \
-                 and put the folder of libcublasLt.so.13 into LD_LIBRARY_PATH",
+                "optional, used for linear layers on GPUs other than Hopper: install it with CUDA, \
+                 or by pip install nvidia-cublas, and put the folder of libcublasLt.so.13 into \
+                 LD_LIBRARY_PATH",
             ),
             version,
         },

@@ -100,6 +100,11 @@ impl Stream {
         self.context.bind()
     }
 
+    /// As libraries take it; it lives as long as `self`.
+    pub fn raw(&self) -> sys::CUstream {
+        self.stream
+    }
+
     pub fn synchronize(&self) -> Result<()> {
         self.bind()?;
         // SAFETY: the stream lives as long as `self`.

@@ -3,6 +3,7 @@
 //! Everything a run needs is resolved when a graph is added: addresses in one arena, kernels,
 //! grids and parameters. A run only queues them on a stream of its own.
 
+mod cublaslt;
 mod driver;
 pub mod images;
 mod kernels;
@@ -28,6 +29,21 @@ use kernels::Kernels;
 pub use probe::GpuInfo;
 use weights::Uploader;
 
+/// Who computes linear layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gemm {
+    /// This program's kernels on GPUs of the Hopper generation (compute capability 9.0), which
+    /// have some of their own. On others cuBLASLt, where it is installed and for what it can
+    /// do.
+    Automatic,
+    /// This program's kernels.
+    Own,
+    /// cuBLASLt for what it can do: results in bf16 with or without a bias, with GELU by tanh,
+    /// or added to what is there, and results in f32 without a bias. Opening a session fails
+    /// where it is not installed.
+    CublasLt,
+}
+
 /// The CUDA backend on one GPU.
 #[derive(Clone)]
 pub struct Cuda {
@@ -36,6 +52,7 @@ pub struct Cuda {
     info: GpuInfo,
     /// Sessions take turns: locking memory anew for each would take longer than small models.
     uploader: Arc<Mutex<Uploader>>,
+    gemm: Gemm,
     fenced: bool,
 }
 
@@ -50,12 +67,22 @@ impl Cuda {
         let capability = info.compute_capability;
         let kernels = Arc::new(Kernels::load(&context, (capability.0, capability.1))?);
         let uploader = Arc::new(Mutex::new(Uploader::new(&context)?));
-        Ok(Cuda { context, kernels, info, uploader, fenced: false })
+        let gemm = Gemm::Automatic;
+        Ok(Cuda { context, kernels, info, uploader, gemm, fenced: false })
     }
 
-    /// Only the kernels that every supported GPU runs, not those of one generation.
+    /// Only the kernels that every supported GPU runs, not those of one generation, and no
+    /// library.
     pub fn generic(mut self) -> Cuda {
         self.kernels = Arc::new(self.kernels.generic());
+        self.gemm = Gemm::Own;
+        self
+    }
+
+    /// Who computes linear layers, [`Gemm::Automatic`] unless this says otherwise: for tests
+    /// and measurements. [`probe::cublaslt`] tells whether the library is there.
+    pub fn with_gemm(mut self, gemm: Gemm) -> Cuda {
+        self.gemm = gemm;
         self
     }
 

@@ -5,7 +5,6 @@
 use std::ffi::CStr;
 use std::fmt;
 
-use cudarc::cublaslt::sys as lt;
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 use serde::{Serialize, Serializer};
 
@@ -253,15 +252,9 @@ fn free(device: i32) -> Result<usize, CUresult> {
     }
 }
 
-/// The version of cuBLASLt, if the library is there.
+/// The version of cuBLASLt, if the library is there and can be used.
 pub fn cublaslt() -> Option<String> {
-    // SAFETY: loads the library, or finds that it is not there.
-    let version = unsafe {
-        if !lt::is_culib_present() || lt::culib().get::<fn()>(b"cublasLtGetVersion\0").is_err() {
-            return None;
-        }
-        lt::cublasLtGetVersion()
-    };
+    let version = super::cublaslt::version()?;
     Some(format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100))
 }
 

@@ -7,10 +7,11 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::Cuda;
+use super::cublaslt::CublasLt;
 use super::driver::{Address, Context, DeviceMemory, Event, Stream};
 use super::kernels::Kernels;
 use super::memory::{PATTERN, Piece};
-use super::ops::Prepare;
+use super::ops::{self, Prepare};
 use super::readback::Readback;
 use super::step::Step;
 use super::tables::Tables;
@@ -53,6 +54,8 @@ pub(super) struct CudaSession {
     uploader: Arc<Mutex<Uploader>>,
     context: Arc<Context>,
     kernels: Arc<Kernels>,
+    /// Where linear layers go to it.
+    cublaslt: Option<CublasLt>,
     fenced: bool,
     weights: DeviceWeights,
     graphs: Vec<Option<Planned>>,
@@ -70,6 +73,7 @@ impl CudaSession {
             uploader: backend.uploader.clone(),
             context: backend.context.clone(),
             kernels: backend.kernels.clone(),
+            cublaslt: ops::linear::library(backend)?,
             fenced: backend.fenced,
             weights: DeviceWeights::new(weights),
             graphs: Vec::new(),
@@ -160,6 +164,7 @@ impl CudaSession {
                 node,
                 index,
                 kernels: &self.kernels,
+                cublaslt: self.cublaslt.as_ref(),
                 weights: &self.weights,
                 tables: &planned.tables,
                 scratch,
@@ -277,7 +282,7 @@ impl Session for CudaSession {
         let plan = Plan::new(&graph, DType::bytes);
         let tables =
             Tables::new(&graph, &self.kernels, &self.weights, &self.context, &self.stream)?;
-        let scratch = super::ops::scratch_bytes(&graph, &self.kernels);
+        let scratch = ops::scratch_bytes(&graph, &self.kernels, self.cublaslt.is_some());
         self.reserve(plan.arena_bytes(), scratch)?;
         let mut planned =
             Planned { graph, plan, own, tables, steps: Vec::new(), made_for: self.bases() };

@@ -1,10 +1,12 @@
-//! What a run does: a flat list of launches, copies and fills with every address, grid and
-//! parameter resolved when the graph was added. The hot loop only queues them.
+//! What a run does: a flat list of launches, library calls, copies and fills with every
+//! address, grid and parameter resolved when the graph was added. The hot loop only queues
+//! them.
 
 use std::ffi::c_void;
 
 use bytemuck::Pod;
 
+use super::cublaslt::Matmul;
 use super::driver::{Address, Kernel, Stream, check};
 use crate::Result;
 use crate::graph::Graph;
@@ -19,6 +21,7 @@ pub(super) struct Step {
 /// See [`Step`].
 pub(super) enum Work {
     Launch { kernel: Kernel, grid: [u32; 3], parameters: Parameters },
+    Matmul(Matmul),
     Copy { to: Address, from: Address, bytes: usize },
     Clear { to: Address, bytes: usize },
 }
@@ -65,6 +68,8 @@ impl Step {
                 let answer = unsafe { stream.launch(kernel, *grid, parameters.start()) };
                 answer.or_else(|e| check(&format!("starting {}", kernel.name), Err(e)))
             }
+            // SAFETY: the caller's promise.
+            Work::Matmul(matmul) => unsafe { matmul.queue(stream) },
             // SAFETY: the caller's promise; copies do not overlap by construction.
             Work::Copy { to, from, bytes } => unsafe { stream.copy(*to, *from, *bytes) },
             // SAFETY: the caller's promise.

@@ -1,15 +1,66 @@
-//! Matrix products.
+//! Matrix products, and which of them go to cuBLASLt.
 
 use super::hopper::{self, Tile};
 use super::{Prepare, int};
+use crate::exec::cuda::cublaslt::{CublasLt, Fused, Product};
 use crate::exec::cuda::kernels::blocks;
 use crate::exec::cuda::params::{self, RowGroups};
 use crate::exec::cuda::session::Place;
+use crate::exec::cuda::step::Work;
 use crate::exec::cuda::tensor_map;
 use crate::exec::cuda::weights::{bias_key, is_gated, linear_key};
-use crate::graph::{Epilogue, WeightId};
+use crate::exec::cuda::{Cuda, Gemm};
+use crate::graph::{Activation, Epilogue, Graph, Node, Op, WeightId};
 use crate::tensor::DType;
 use crate::{Error, Result};
+
+/// cuBLASLt, if linear layers of a session go to it.
+pub(in crate::exec::cuda) fn library(backend: &Cuda) -> Result<Option<CublasLt>> {
+    if !wants_library(backend.gemm, backend.kernels.hopper) {
+        return Ok(None);
+    }
+    let library = CublasLt::new(&backend.context);
+    match backend.gemm {
+        // Nothing is lost but time where it is not installed, or not made for this driver.
+        Gemm::Automatic => Ok(library.ok()),
+        Gemm::Own | Gemm::CublasLt => library.map(Some),
+    }
+}
+
+/// Whether linear layers go to the library where it is there; `hopper` is whether this
+/// program's kernels for sm_90 are used.
+fn wants_library(gemm: Gemm, hopper: bool) -> bool {
+    match gemm {
+        Gemm::Automatic => !hopper,
+        Gemm::Own => false,
+        Gemm::CublasLt => true,
+    }
+}
+
+/// What the library fuses for this layer, if that is all there is to do.
+fn fused(parts: &[(WeightId, Option<WeightId>)], epilogue: &Epilogue, out: DType) -> Option<Fused> {
+    let (gelu, accumulate) = match epilogue {
+        Epilogue::Store => (false, false),
+        Epilogue::Activate(Activation::GeluTanh) => (true, false),
+        Epilogue::Accumulate => (false, true),
+        Epilogue::Activate(_) | Epilogue::GatedAccumulate { .. } => return None,
+    };
+    // The library takes biases in the type of the output, and ours are bf16.
+    let bare = !gelu && parts.iter().all(|(_, bias)| bias.is_none());
+    (out == DType::Bf16 || bare).then_some(Fused { gelu, accumulate })
+}
+
+/// Bytes of scratch memory that `node` may need in the library.
+pub(super) fn scratch_bytes(graph: &Graph, node: &Node) -> usize {
+    match &node.op {
+        Op::Linear { parts, epilogue }
+            if fused(parts, epilogue, graph.tensor(node.output).dtype).is_some() =>
+        {
+            CublasLt::WORKSPACE
+        }
+        _ => 0,
+    }
+}
 
 pub(super) fn linear(
     p: &mut Prepare<'_>,
@@ -60,6 +111,16 @@ pub(super) fn linear(
             "a matrix product over {} columns, {} apart, is not aligned to 16 bytes",
             x.cols, x.stride
         )));
+    }
+    if let (Some(library), Some(fused)) = (p.cublaslt, fused(parts, epilogue, dtype)) {
+        let params::Gemm { weight, bias, .. } = gemm;
+        // Where the library has no algorithm, as for odd alignments, a kernel takes over.
+        if let Some(matmul) =
+            library.prepare(&Product { x, weight, bias, out, fused }, p.scratch)?
+        {
+            p.push(Work::Matmul(matmul));
+            return Ok(());
+        }
     }
     let multiprocessors = p.kernels.multiprocessors as usize;
     if p.kernels.hopper && fits_hopper(&gemm, out) {
@@ -122,4 +183,42 @@ pub(super) fn row_groups(groups: &[crate::graph::RowGroup]) -> Result<RowGroups>
     RowGroups::new(groups).ok_or_else(|| {
         Error::device(format!("rows change their sample more than {} times", RowGroups::MOST))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::RowGroup;
+
+    #[test]
+    fn hopper_does_without_the_library() {
+        let wants = |gemm| [false, true].map(|hopper| wants_library(gemm, hopper));
+        assert_eq!(wants(Gemm::Automatic), [true, false]);
+        assert_eq!(wants(Gemm::Own), [false, false]);
+        assert_eq!(wants(Gemm::CublasLt), [true, true]);
+    }
+
+    #[test]
+    fn the_library_gets_what_it_fuses() {
+        use Activation::*;
+        let mut graph = Graph::default();
+        let (weight, bias) = (graph.weight("w", &[8, 8]), graph.weight("b", &[8]));
+        let groups = [RowGroup { rows: 1, sample: 0 }].into();
+        let yes = |gelu, accumulate| Some(Fused { gelu, accumulate });
+        for (epilogue, bf16, bare_f32) in [
+            (Epilogue::Store, yes(false, false), yes(false, false)),
+            (Epilogue::Accumulate, yes(false, true), yes(false, true)),
+            (Epilogue::Activate(GeluTanh), yes(true, false), None),
+            (Epilogue::Activate(Silu), None, None),
+            (Epilogue::Activate(GeluErf), None, None),
+            (Epilogue::Activate(QuickGelu), None, None),
+            (Epilogue::GatedAccumulate { gate_column: 0, groups }, None, None),
+        ] {
+            let of = |bias, out| fused(&[(weight, None), (weight, bias)], &epilogue, out);
+            assert_eq!(of(None, DType::Bf16), bf16, "{epilogue:?}");
+            assert_eq!(of(Some(bias), DType::Bf16), bf16, "{epilogue:?}");
+            assert_eq!(of(None, DType::F32), bare_f32, "{epilogue:?}");
+            assert_eq!(of(Some(bias), DType::F32), None, "{epilogue:?}");
+        }
+    }
 }

@@ -3,12 +3,13 @@
 pub(super) mod attention;
 mod conv;
 mod hopper;
-mod linear;
+pub(super) mod linear;
 mod norm;
 mod pointwise;
 
 use bytemuck::Pod;
 
+use super::cublaslt::CublasLt;
 use super::driver::Address;
 use super::kernels::Kernels;
 use super::session::Place;
@@ -19,9 +20,12 @@ use crate::graph::{Graph, Node, Op, TensorId};
 use crate::tensor::DType;
 use crate::{Error, Result};
 
-/// Bytes of scratch memory that the largest node of `graph` needs.
-pub(super) fn scratch_bytes(graph: &Graph, kernels: &Kernels) -> usize {
-    let of = |node| norm::scratch_bytes(graph, node, kernels);
+/// Bytes of scratch memory that the largest node of `graph` needs, with cuBLASLt or without.
+pub(super) fn scratch_bytes(graph: &Graph, kernels: &Kernels, cublaslt: bool) -> usize {
+    let of = |node| match cublaslt {
+        true => norm::scratch_bytes(graph, node, kernels).max(linear::scratch_bytes(graph, node)),
+        false => norm::scratch_bytes(graph, node, kernels),
+    };
     graph.nodes().iter().map(of).max().unwrap_or(0)
 }
 
@@ -31,6 +35,8 @@ pub(super) struct Prepare<'a> {
     pub node: &'a Node,
     pub index: usize,
     pub kernels: &'a Kernels,
+    /// Where linear layers go to it.
+    pub cublaslt: Option<&'a CublasLt>,
     pub weights: &'a DeviceWeights,
     pub tables: &'a Tables,
     pub scratch: Address,
