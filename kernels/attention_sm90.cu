@@ -16,9 +16,9 @@
 // Host: tensor maps of q, k, v are two-dimensional (columns, rows), 128-byte swizzle, zeros outside,
 // boxes of 64 columns by kQueries rows (q) or kKeys rows (k and v). Launch: kThreads threads,
 // kSharedBytes of dynamic shared memory, any number G of blocks in x. Block b takes the work items b,
-// b + G, b + 2G, …, item i being tile i % tile_count of head i / tile_count: with G = the number of
-// multiprocessors the loads of an item overlap the end of the one before; a larger G leaves more of
-// the balancing to the hardware. Long tiles first are best in both cases.
+// b + G, b + 2G, …, item i being head i % heads of tile i / heads: with G = the number of
+// multiprocessors the loads of an item overlap the end of the one before, and with the tiles of most
+// keys first every block gets about as much to do.
 //
 // Three warpgroups of 64 queries each compute, one warp of a fourth loads. At this head size the
 // special function unit needs as long for the exponentials as the tensor cores for both products, so
@@ -109,8 +109,9 @@ __device__ __forceinline__ void load_work(const AttentionSm90Params& p, Shared& 
     uint32_t buffer_parity = 1;
     const int items = p.tile_count * p.heads;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int head = item / p.tile_count;
-        const AttentionTile& tile = p.tiles[item - head * p.tile_count];
+        const int rank = item / p.heads;
+        const int head = item - rank * p.heads;
+        const AttentionTile& tile = p.tiles[rank];
         const KeyRange* ranges = p.ranges + tile.first_range;
         int key_tiles = 0;
         for (int r = 0; r < tile.ranges; ++r) key_tiles += (ranges[r].count + kKeys - 1) / kKeys;

@@ -115,8 +115,12 @@ fn append(
     })
 }
 
-/// Pieces of up to `queries` queries, those with the most keys first: blocks start in this
-/// order, so the short ones fill the gaps at the end.
+/// Queries that a warpgroup answers, and a multiple of what a warp does: pieces of whole
+/// groups leave none of them with little to do.
+const GROUP: usize = 64;
+
+/// Pieces of up to `queries` queries, of nearly the same size within a segment, those with the
+/// most keys first: blocks start in this order, so the short ones fill the gaps at the end.
 fn tiles(segments: &[Segment], queries: usize) -> (Vec<AttentionTile>, Vec<KeyRange>) {
     let mut tiles = Vec::new();
     let mut ranges: Vec<KeyRange> = Vec::new();
@@ -131,10 +135,12 @@ fn tiles(segments: &[Segment], queries: usize) -> (Vec<AttentionTile>, Vec<KeyRa
         );
         let count = ranges.len() as i32 - first_range;
         let keys: usize = segment.keys.iter().map(ExactSizeIterator::len).sum();
-        for start in segment.queries.clone().step_by(queries) {
+        let pieces = segment.queries.len().div_ceil(queries).max(1);
+        let size = segment.queries.len().div_ceil(pieces).next_multiple_of(GROUP);
+        for start in segment.queries.clone().step_by(size.clamp(1, queries)) {
             tiles.push(AttentionTile {
                 query: start as i32,
-                queries: queries.min(segment.queries.end - start) as i32,
+                queries: size.min(segment.queries.end - start) as i32,
                 position: (start - segment.queries.start) as i32,
                 first_range,
                 ranges: count,
