@@ -27,7 +27,6 @@
 //   weight:     (taps·cin_padded, cout), box 64 × columns, as the table says; element strides 1
 //                              tile      rows   columns per box   stages   dynamic shared memory
 //   conv3d_sm90_256x128        256×128   256    128               4        229440
-//   conv3d_sm90_256x128_pair   256×128   256     64               4        229440   cluster of 2
 //   conv3d_sm90_128x256_pair   128×256   128    128               4        229440   cluster of 2
 //   conv3d_sm90_128x128        128×128   128    128               6        229472
 //   conv3d_sm90_128x64         128×64    128     64               8        229504
@@ -39,7 +38,8 @@
 // min(multiprocessors, 2 · pairs). The cluster size is compiled in.
 //
 // Why so: nothing but the operands is ever materialised, so a convolution runs like a matrix product
-// of the same size; a box that is nearly square keeps the overlap of neighbouring taps in L2.
+// of the same size; a box of lines of 8 pixels fills one unit of the swizzle with each and keeps the
+// overlap of neighbouring taps in L2.
 
 #include "lib/epilogue.cuh"
 #include "lib/gemm_sm90.cuh"
@@ -86,6 +86,8 @@ struct Target {
 template <class Tile>
 struct Conv {
     const ConvSm90Params& p;
+
+    using Finish = StagedFinish<Tile, Conv>;
 
     struct Place {
         int frame, y, x;
@@ -234,7 +236,6 @@ __device__ __forceinline__ void conv3d(const ConvSm90Params& p) {
     }
 
 CONV_KERNEL(conv3d_sm90_256x128, 256, 128)
-CONV_PAIR_KERNEL(conv3d_sm90_256x128_pair, 256, 128)
 CONV_PAIR_KERNEL(conv3d_sm90_128x256_pair, 128, 256)
 CONV_KERNEL(conv3d_sm90_128x128, 128, 128)
 CONV_KERNEL(conv3d_sm90_128x64, 128, 64)

@@ -13,29 +13,30 @@
 //
 // Tensor maps (bf16, 128-byte swizzle, no interleave, zero fill outside, element strides 1):
 //   a: (k, m), stride ldx·2 bytes, box 64 × rows;   b: (k, n), stride ldw·2 bytes, box 64 × columns
+//   c: (n, m), stride ldo·2 bytes, box 64 × 16, of the output; any bytes will do for the _f32 kernels
 // with, per entry point,
 //                            tile      box rows of a, b   stages   dynamic shared memory
-//   gemm_sm90_128x256        128×256   128, 256           4        229440
-//   gemm_sm90_128x256_pair   128×256   128, 128           4        229440    cluster of 2
-//   gemm_sm90_128x192_pair   128×192   128,  96           4        196672    cluster of 2
-//   gemm_sm90_256x128_pair   256×128   256,  64           4        229440    cluster of 2
-//   gemm_sm90_128x128        128×128   128, 128           6        229472
-//   gemm_sm90_128x64         128×64    128,  64           8        229504
-//   gemm_sm90_128x128_f32 and gemm_sm90_128x64_f32: the same with f32 output
+//   gemm_sm90_128x128_pair   128×128   128,  64           6        229536    cluster of 2, in turn
+//   gemm_sm90_128x192        128×192   128, 192           4        213120
+//   gemm_sm90_128x64         128×64    128,  64           8        213184
+//   gemm_sm90_128x128_f32    128×128   128, 128           6        229472
+//   gemm_sm90_128x64_f32     128×64    128,  64           8        229504
 //
 // Launch: 384 threads; grid.x = min(multiprocessors, tiles) blocks, for a pair the largest multiple
 // of 2 not above min(multiprocessors, 2 · pairs), where tiles = ⌈m / rows⌉ · ⌈n / columns⌉ and
 // pairs = ⌈m / (2 · rows)⌉ · ⌈n / columns⌉. The cluster size is compiled in.
 //
-// Why so: see lib/gemm_sm90.cuh. 128 × 256 reads least per product; a pair halves what its columns
-// cost; 192 columns fit widths such as 1920 without waste; the small tiles fill the device when
-// there are few rows or columns.
+// Why so: see lib/gemm_sm90.cuh. With k of 1536 the end of a tile is a fifth of its time where both
+// consumers share it; taking tiles in turn hides that where each block has several. 128 × 192 divides
+// the widths of the models without waste; the small tile fills the device when there are few rows.
+
+#include <type_traits>
 
 #include "lib/epilogue.cuh"
 #include "lib/gemm_sm90.cuh"
 
 struct GemmSm90Params {
-    TensorMap a, b;
+    TensorMap a, b, c;
     const bf16* x;
     const bf16* weight;
     const bf16* bias;
@@ -49,15 +50,186 @@ struct GemmSm90Params {
     RowGroups groups;
     int pad;
 };
-static_assert(sizeof(GemmSm90Params) == 448, "as on the host");
+static_assert(sizeof(GemmSm90Params) == 576, "as on the host");
+
+// The first row and column of a tile.
+struct GemmPlace {
+    int row, column;
+};
+
+// Finishes the tiles of one warp in the layout of the accumulators, in boxes of 16 rows × 64 columns
+// of bf16 in shared memory: bulk copies bring what is added to while the products run, the result
+// takes its place and bulk copies store it while the next tile begins. Row r of a box holds chunk c
+// (8 columns) at c ^ (r % 8), so that the 4 bytes of each lane meet no bank twice.
+template <class Tile>
+class BoxFinish {
+public:
+    template <class Problem>
+    __device__ __forceinline__ BoxFinish(const Problem& problem, uint8_t* shared, int warp)
+        : p(problem.p),
+          staging(shared + Tile::kStaging + warp * Tile::kBuffers * Tile::kBufferBytes),
+          barrier(shared_address(shared) + Tile::kWarpBarriers + 8 * warp) {}
+
+    __device__ __forceinline__ void ahead(const GemmPlace& place, int first) {
+        read_columns(place, first, 0);
+        if (threadIdx.x % 32 == 0) {
+            box_stores_read<0>();
+            if (p.epilogue != kStore) {
+                barrier_expect(barrier, Tile::kBuffers * Tile::kBufferBytes);
+#pragma unroll
+                for (int piece = 0; piece < Tile::kBuffers; ++piece) {
+                    copy_box_2d(shared_address(buffer(piece)), &p.c, barrier, column(place, piece),
+                                row(place, first, piece));
+                }
+            }
+        }
+        __syncwarp();
+    }
+
+    template <int kFragments, int kCount>
+    __device__ __forceinline__ void finish(const GemmPlace& place, int first, const float (&d)[kFragments][kCount]) {
+        // Not unrolled: only the choice of registers depends on their names.
+#pragma unroll 1
+        for (int piece = 0; piece < kPieces; ++piece) {
+            if (piece >= Tile::kBuffers) reuse(place, first, piece);
+            float v[32];
+            pick<0>(v, d, piece);
+            add_bias(v);
+            if (p.epilogue == kGatedAccumulate) multiply_gate(v, place, first, piece);
+            if (piece + 1 < kPieces) read_columns(place, first, piece + 1);
+            if (p.epilogue == kStore) {
+                activate_all(v, p.activation);
+            } else if (piece == 0 || piece >= Tile::kBuffers) {
+                barrier_wait(barrier, parity);
+                parity ^= 1;
+            }
+            put(v, piece);
+            fence_async_proxy();
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) {
+                store_box_2d(&p.c, column(place, piece), row(place, first, piece), shared_address(buffer(piece)));
+                commit_box_stores();
+            }
+        }
+    }
+
+    __device__ __forceinline__ void drain() { box_stores_read<0>(); }
+
+private:
+    // Boxes of a fragment and of the tile.
+    static constexpr int kChunks = Tile::kCols / 64;
+    static constexpr int kPieces = Tile::kFragments * kChunks;
+
+    __device__ __forceinline__ uint8_t* buffer(int piece) const {
+        return staging + piece % Tile::kBuffers * Tile::kBufferBytes;
+    }
+    __device__ __forceinline__ static int row(const GemmPlace& place, int first, int piece) {
+        return place.row + first + piece / kChunks * 64;
+    }
+    __device__ __forceinline__ static int column(const GemmPlace& place, int piece) {
+        return place.column + piece % kChunks * 64;
+    }
+    // The first of this lane's columns of a piece; those of group g follow 8·g later.
+    __device__ __forceinline__ static int lane_column(const GemmPlace& place, int piece) {
+        return column(place, piece) + threadIdx.x % 4 * 2;
+    }
+
+    // One branch per piece because registers have no run-time index.
+    template <int kPiece, int kFragments, int kCount>
+    __device__ __forceinline__ static void pick(float (&v)[32], const float (&d)[kFragments][kCount], int piece) {
+        if constexpr (kPiece < kPieces) {
+            if (piece == kPiece) {
+#pragma unroll
+                for (int i = 0; i < 32; ++i) v[i] = d[kPiece / kChunks][kPiece % kChunks * 32 + i];
+            } else {
+                pick<kPiece + 1>(v, d, piece);
+            }
+        }
+    }
+
+    // Bias and gates of a piece, read before the piece ahead of it is put away.
+    __device__ __forceinline__ void read_columns(const GemmPlace& place, int first, int piece) {
+        const int column = lane_column(place, piece);
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+            const bool inside = p.bias != nullptr && column + 8 * g < p.n;
+            bias[g] = inside ? *reinterpret_cast<const uint32_t*>(p.bias + column + 8 * g) : 0;
+        }
+        if (p.epilogue == kGatedAccumulate) {
+            read_gate(row(place, first, piece) + threadIdx.x % 32 / 4, column);
+        }
+    }
+    __device__ __forceinline__ void read_gate(int row, int column) {
+        const float* from = p.gate + p.groups.sample_of(row) * p.ld_gate + column;
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+            gate[g] = column + 8 * g < p.n ? *reinterpret_cast<const float2*>(from + 8 * g) : make_float2(0, 0);
+        }
+    }
+
+    __device__ __forceinline__ void add_bias(float (&v)[32]) const {
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+            const float low = __uint_as_float(bias[g] << 16), high = __uint_as_float(bias[g] & 0xffff0000u);
+            v[4 * g] += low, v[4 * g + 1] += high, v[4 * g + 2] += low, v[4 * g + 3] += high;
+        }
+    }
+    // The lower of a lane's two rows may belong to another sample than the upper.
+    __device__ __forceinline__ void multiply_gate(float (&v)[32], const GemmPlace& place, int first, int piece) {
+        const int upper = row(place, first, piece) + threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int g = 0; g < 8; ++g) v[4 * g] *= gate[g].x, v[4 * g + 1] *= gate[g].y;
+        if (p.groups.sample_of(upper) != p.groups.sample_of(upper + 8)) {
+            read_gate(upper + 8, lane_column(place, piece));
+        }
+#pragma unroll
+        for (int g = 0; g < 8; ++g) v[4 * g + 2] *= gate[g].x, v[4 * g + 3] *= gate[g].y;
+    }
+
+    // Makes the box of `piece` free once more, and full where there is something to add to.
+    __device__ __forceinline__ void reuse(const GemmPlace& place, int first, int piece) {
+        if (threadIdx.x % 32 == 0) {
+            box_stores_read<Tile::kBuffers - 1>();
+            if (p.epilogue != kStore) {
+                barrier_expect(barrier, Tile::kBufferBytes);
+                copy_box_2d(shared_address(buffer(piece)), &p.c, barrier, column(place, piece),
+                            row(place, first, piece));
+            }
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void put(float (&v)[32], int piece) {
+        const int lane = threadIdx.x % 32;
+        uint8_t* const rows = buffer(piece) + lane / 4 * 128 + lane % 4 * 4;
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+            uint32_t* const upper = reinterpret_cast<uint32_t*>(rows + ((g ^ lane / 4) << 4));
+            uint32_t* const lower = upper + 8 * 128 / 4;
+            if (p.epilogue != kStore) {
+                const uint32_t a = *upper, b = *lower;
+                v[4 * g] += __uint_as_float(a << 16), v[4 * g + 1] += __uint_as_float(a & 0xffff0000u);
+                v[4 * g + 2] += __uint_as_float(b << 16), v[4 * g + 3] += __uint_as_float(b & 0xffff0000u);
+            }
+            *upper = pack_bf16(v[4 * g], v[4 * g + 1]);
+            *lower = pack_bf16(v[4 * g + 2], v[4 * g + 3]);
+        }
+    }
+
+    const GemmSm90Params& p;
+    uint8_t* const staging;
+    const uint32_t barrier;
+    uint32_t parity = 0;
+    uint32_t bias[8];
+    float2 gate[8];
+};
 
 template <class Tile, typename Out>
 struct Gemm {
     const GemmSm90Params& p;
 
-    struct Place {
-        int row, column;
-    };
+    using Place = GemmPlace;
+    using Finish = std::conditional_t<(Tile::kBuffers > 0), BoxFinish<Tile>, StagedFinish<Tile, Gemm>>;
 
     __device__ __forceinline__ int row_tiles() const {
         constexpr int kRows = Tile::kRows * Tile::kCluster;
@@ -140,22 +312,20 @@ __device__ __forceinline__ void gemm(const GemmSm90Params& p) {
 }
 
 // Entry points; __launch_bounds__(…, 1) is what lets the warpgroups share out the registers anew.
-#define GEMM_KERNEL(name, Out, rows, columns)                                \
+#define GEMM_KERNEL(name, Out, ...)                                          \
     extern "C" __global__ void __launch_bounds__(384, 1)                     \
         name(const __grid_constant__ GemmSm90Params p) {                     \
-        gemm<Tile<rows, columns, 1>, Out>(p);                                \
+        gemm<Tile<__VA_ARGS__>, Out>(p);                                     \
     }
-#define GEMM_PAIR_KERNEL(name, Out, rows, columns)                           \
+#define GEMM_PAIR_KERNEL(name, Out, ...)                                     \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) \
         name(const __grid_constant__ GemmSm90Params p) {                     \
-        gemm<Tile<rows, columns, 2>, Out>(p);                                \
+        gemm<Tile<__VA_ARGS__>, Out>(p);                                     \
     }
 
-GEMM_KERNEL(gemm_sm90_128x256, bf16, 128, 256)
-GEMM_PAIR_KERNEL(gemm_sm90_128x256_pair, bf16, 128, 256)
-GEMM_PAIR_KERNEL(gemm_sm90_128x192_pair, bf16, 128, 192)
-GEMM_PAIR_KERNEL(gemm_sm90_256x128_pair, bf16, 256, 128)
-GEMM_KERNEL(gemm_sm90_128x128, bf16, 128, 128)
-GEMM_KERNEL(gemm_sm90_128x64, bf16, 128, 64)
-GEMM_KERNEL(gemm_sm90_128x128_f32, float, 128, 128)
-GEMM_KERNEL(gemm_sm90_128x64_f32, float, 128, 64)
+// Rows, columns, cluster, whether consumers take tiles in turn, boxes of a warp.
+GEMM_PAIR_KERNEL(gemm_sm90_128x128_pair, bf16, 128, 128, 2, true, 2)
+GEMM_KERNEL(gemm_sm90_128x192, bf16, 128, 192, 1, false, 3)
+GEMM_KERNEL(gemm_sm90_128x64, bf16, 128, 64, 1, false, 1)
+GEMM_KERNEL(gemm_sm90_128x128_f32, float, 128, 128, 1)
+GEMM_KERNEL(gemm_sm90_128x64_f32, float, 128, 64, 1)

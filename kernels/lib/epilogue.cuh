@@ -27,8 +27,13 @@ __device__ __forceinline__ bool is_aligned(const void* pointer, int bytes) {
 
 template <int kActivation, int N>
 __device__ __forceinline__ void activate_each(float (&values)[N]) {
+    if constexpr (kActivation == kGeluTanh && N % 2 == 0) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = activate(values[i], kActivation);
+        for (int i = 0; i < N; i += 2) gelu_tanh_pair(values[i], values[i + 1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = activate(values[i], kActivation);
+    }
 }
 
 // One branch for all values instead of one for each.

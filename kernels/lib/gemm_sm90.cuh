@@ -3,18 +3,18 @@
 //
 // A block is three warpgroups. The last one is the producer: one thread keeps a ring of stages
 // full, each stage 64 values of k for all rows of the tile and for all its columns, written with
-// the 128-byte swizzle. The other two are consumers: each multiplies half of the rows of every
-// stage and hands the stage back once its products have ended, one step later, so that the tensor
-// cores always have a step queued. The grid is persistent: a block takes tiles blockIdx, blockIdx +
-// gridDim, …, and the producer runs ahead into the next tile while the consumers store this one.
+// the 128-byte swizzle. The other two are consumers, which hand a stage back once its products have
+// ended, one step later, so that the tensor cores always have a step queued. The grid is persistent:
+// a block takes tiles blockIdx, blockIdx + gridDim, …, and the producer runs ahead into the next tile.
+//
+// The consumers either share each tile, half of the rows each (least reading per product), or take
+// whole tiles in turn (kPingPong): while one stores its tile the other multiplies, which hides the
+// end of a tile where k is short. A consumer may start on its stages only when the other has seen all
+// of its own arrive: by the parity of a phase one cannot tell it from the phase two later.
 //
 // Two blocks of a cluster (kCluster = 2) take neighbouring row tiles of the same columns; each
 // brings half of the columns' values and sends them to both, which halves that part of the reads
 // from L2. A stage is then free only when the consumers of both blocks have handed it back.
-//
-// Stores go through 4 KiB of shared memory per warp in f32, 16 rows × 64 columns at a time, after
-// which each lane owns 8 values that belong side by side in the output: bias, activation, addition
-// and the single rounding happen there and stores are 16 bytes wide.
 //
 // What differs is a `Problem` with
 //   struct Place;                           where a tile lies
@@ -26,41 +26,52 @@
 //                                           and k is the first value of the columns' part
 //   int column(const Place&)                first column
 //   const TensorMap* columns_map()          2-D over (k, column), box 64 × kCols / kCluster
-//   void finish(const Place&, row, column, stage, staging)
-//                                           stores the 16 rows from `row` and 64 columns from
-//                                           `column` of the tile; calls stage() once, which puts
-//                                           them into `staging`
+//   class Finish                            what one warp does with its rows of a tile:
+//     Finish(const Problem&, shared, warp)
+//     void ahead(const Place&, row)         called once per tile among its first steps
+//     void finish(const Place&, row, d)     stores the sums of the 16 rows from `row` of the tile and,
+//                                           for each further fragment, those 64 below
+//     void drain()                          at the end of the block
+// StagedFinish is one of these.
 #pragma once
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
-template <int kRows_, int kCols_, int kCluster_>
+// kBuffers_ is what Finish keeps for each warp: boxes of 16 rows × 64 columns of bf16, or if 0 one of f32.
+template <int kRows_, int kCols_, int kCluster_, bool kPingPong_ = false, int kBuffers_ = 0>
 struct Tile {
     static constexpr int kRows = kRows_;
     static constexpr int kCols = kCols_;
     static constexpr int kCluster = kCluster_;
     static constexpr int kDepth = 64;
+    static constexpr bool kPingPong = kPingPong_;
     static constexpr int kConsumers = 2;
     static constexpr int kThreads = 128 * (kConsumers + 1);
-    // Products of 64 rows that one consumer holds.
-    static constexpr int kFragments = kRows / (64 * kConsumers);
+    // Consumers that read each stage, and products of 64 rows that one of them holds.
+    static constexpr int kReaders = kPingPong ? 1 : kConsumers;
+    static constexpr int kFragments = kRows / (64 * kReaders);
     static constexpr int kRowBytes = kDepth * 2;
     static constexpr int kBytesA = kRows * kRowBytes;
     static constexpr int kBytesB = kCols * kRowBytes;
     static constexpr int kStageBytes = kBytesA + kBytesB;
+    static constexpr int kWarps = 4 * kConsumers;
+    static constexpr int kBuffers = kBuffers_;
+    static constexpr int kBufferBytes = 16 * 64 * 2;
     static constexpr int kStagingFloats = 16 * 64;
-    static constexpr int kStagingBytes = 4 * kConsumers * kStagingFloats * 4;
+    static constexpr int kStagingBytes = kWarps * (kBuffers > 0 ? kBuffers * kBufferBytes : kStagingFloats * 4);
     static constexpr int kMostShared = 227 * 1024;
-    static constexpr int kFit = (kMostShared - kStagingBytes - 128) / kStageBytes;
+    static constexpr int kFit = (kMostShared - kStagingBytes - 256) / kStageBytes;
     static constexpr int kStages = kFit < 8 ? kFit : 8;
-    static constexpr int kBarriers = kStages * kStageBytes + kStagingBytes;
-    static constexpr int kSharedBytes = kBarriers + 2 * 8 * kStages;
+    static constexpr int kStaging = kStages * kStageBytes;
+    static constexpr int kBarriers = kStaging + kStagingBytes;
+    static constexpr int kWarpBarriers = kBarriers + 2 * 8 * kStages;
+    static constexpr int kSharedBytes = kWarpBarriers + (kBuffers > 0 ? 8 * kWarps : 0);
     // 168 registers per thread at launch, shared out anew: 40 · 128 + 232 · 256 = 168 · 384.
-    static constexpr int kProducerRegisters = 40;
-    static constexpr int kConsumerRegisters = 232;
+    static constexpr int kProducerRegisters = kPingPong ? 24 : 40;
+    static constexpr int kConsumerRegisters = kPingPong ? 240 : 232;
     static_assert(kStages >= 4 && kBarriers % 8 == 0 && kSharedBytes <= kMostShared);
-    static_assert(kRows % (64 * kConsumers) == 0 && kCols % 64 == 0 && kStageBytes % 1024 == 0);
+    static_assert(kRows % (64 * kReaders) == 0 && kCols % 64 == 0 && kStageBytes % 1024 == 0);
 };
 
 // The position of one side (producer or consumer) in the ring.
@@ -79,6 +90,11 @@ struct Ring {
             stage = 0;
             parity ^= 1;
         }
+    }
+    __device__ __forceinline__ void skip(int steps) {
+        const int to = stage + steps;
+        parity ^= to / Tile::kStages & 1;
+        stage = to % Tile::kStages;
     }
 };
 
@@ -148,6 +164,45 @@ __device__ __forceinline__ void staged_group(float (&v)[8], const float* staging
     v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
     v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
 }
+
+// Stores go through 4 KiB of shared memory per warp in f32, 16 rows × 64 columns at a time, after
+// which each lane owns 8 values that belong side by side in the output. The Problem has
+//   void finish(const Place&, row, column, stage, staging)
+// which stores the 16 rows from `row` and 64 columns from `column` of the tile; it calls stage()
+// once, which puts them into `staging`.
+template <class Tile, class Problem>
+class StagedFinish {
+public:
+    __device__ __forceinline__ StagedFinish(const Problem& problem, uint8_t* shared, int warp)
+        : problem(problem),
+          staging(reinterpret_cast<float*>(shared + Tile::kStaging) + warp * Tile::kStagingFloats) {}
+
+    template <class Place>
+    __device__ __forceinline__ void ahead(const Place&, int) {}
+
+    template <class Place, int kFragments, int kCount>
+    __device__ __forceinline__ void finish(const Place& place, int row, const float (&d)[kFragments][kCount]) {
+        constexpr int kChunks = kCount / 32;
+        // Not unrolled: the epilogue is long, and only the staging depends on the registers' names.
+#pragma unroll 1
+        for (int piece = 0; piece < kFragments * kChunks; ++piece) {
+            problem.finish(
+                place, row + piece / kChunks * 64, piece % kChunks * 64,
+                [&] {
+                    __syncwarp();
+                    stage_piece<0>(staging, d, piece);
+                    __syncwarp();
+                },
+                staging);
+        }
+    }
+
+    __device__ __forceinline__ void drain() {}
+
+private:
+    const Problem& problem;
+    float* const staging;
+};
 
 // Eight neighbouring values as they lie in memory; zeros until read.
 template <typename T>
@@ -236,24 +291,36 @@ __device__ __forceinline__ void hand_back(uint32_t empty) {
 
 template <class Tile, class Problem>
 __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared, int rank, int consumer) {
-    constexpr int kConsumerRows = 64 * Tile::kFragments;
     Ring<Tile> ring{shared_address(shared)};
     const int warp = warp_uniform(threadIdx.x / 32);
-    float* staging = reinterpret_cast<float*>(shared + Tile::kStages * Tile::kStageBytes) +
-                     warp * Tile::kStagingFloats;
+    // First row of this consumer and of this warp in a tile.
+    const int consumer_row = Tile::kPingPong ? 0 : consumer * 64 * Tile::kFragments;
+    const int warp_row = consumer_row + warp % 4 * 16;
+    typename Problem::Finish finish(problem, shared, warp);
     float d[Tile::kFragments][Tile::kCols / 2];
 
     const int step_of_tiles = gridDim.x / Tile::kCluster;
+    bool mine = consumer == 1;
     for (int tile = blockIdx.x / Tile::kCluster; tile < problem.tiles(); tile += step_of_tiles) {
         const typename Problem::Place place = problem.place(tile, rank);
         const int steps = problem.steps(place);
+        if constexpr (Tile::kPingPong) {
+            mine = !mine;
+            if (!mine) {
+                ring.skip(steps);
+                continue;
+            }
+            if (tile >= step_of_tiles) named_barrier_sync(1 + consumer, 256);
+        }
+        // Late enough that the stores of the tile before have read shared memory.
+        const int ahead = min(2, steps - 1);
         uint32_t previous = 0;
 #pragma unroll
         for (int f = 0; f < Tile::kFragments; ++f) wgmma_pin(d[f]);
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
             barrier_wait(ring.full(), ring.parity);
-            const uint64_t a = descriptor::k_major(ring.a() + consumer * kConsumerRows * Tile::kRowBytes);
+            const uint64_t a = descriptor::k_major(ring.a() + consumer_row * Tile::kRowBytes);
             const uint64_t b = descriptor::k_major(ring.b());
             wgmma_fence();
 #pragma unroll
@@ -270,27 +337,19 @@ __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared,
             if (step > 0) hand_back<Tile>(previous);
             previous = ring.empty();
             ring.advance();
+            if (step == ahead) finish.ahead(place, warp_row);
+        }
+        // The turn of the other consumer, where there is a further tile.
+        if constexpr (Tile::kPingPong) {
+            if (tile + step_of_tiles < problem.tiles()) named_barrier_arrive(2 - consumer, 256);
         }
         wgmma_wait<0>();
 #pragma unroll
         for (int f = 0; f < Tile::kFragments; ++f) wgmma_pin(d[f]);
         hand_back<Tile>(previous);
-
-        constexpr int kChunks = Tile::kCols / 64;
-        // Not unrolled: the epilogue is long, and only the staging depends on the registers' names.
-#pragma unroll 1
-        for (int piece = 0; piece < Tile::kFragments * kChunks; ++piece) {
-            const int row = consumer * kConsumerRows + piece / kChunks * 64 + warp % 4 * 16;
-            problem.finish(
-                place, row, piece % kChunks * 64,
-                [&] {
-                    __syncwarp();
-                    stage_piece<0>(staging, d, piece);
-                    __syncwarp();
-                },
-                staging);
-        }
+        finish.finish(place, warp_row, d);
     }
+    finish.drain();
 }
 
 // The whole kernel: kThreads threads, kSharedBytes of dynamic shared memory, a grid of at most as
@@ -305,7 +364,10 @@ __device__ __forceinline__ void multiply_tiles(const Problem& problem) {
         Ring<Tile> ring{base};
         for (; ring.parity == 0; ring.advance()) {
             barrier_init(ring.full(), 1);
-            barrier_init(ring.empty(), 4 * Tile::kConsumers * Tile::kCluster);
+            barrier_init(ring.empty(), 4 * Tile::kReaders * Tile::kCluster);
+        }
+        if constexpr (Tile::kBuffers > 0) {
+            for (int i = 0; i < Tile::kWarps; ++i) barrier_init(base + Tile::kWarpBarriers + 8 * i, 1);
         }
         barrier_init_fence();
     }

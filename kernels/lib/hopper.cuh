@@ -97,6 +97,25 @@ __device__ __forceinline__ void copy_box_2d_multicast(uint32_t to, const TensorM
         : "memory");
 }
 
+// A box from shared memory to global; what lies outside of the tensor is left out. Copies issued by a
+// thread since its last commit form a group; `box_stores_read` waits until at most `kPending` of the
+// thread's latest groups still have to read shared memory.
+__device__ __forceinline__ void store_box_2d(const TensorMap* map, int x, int y, uint32_t from) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(map),
+        "r"(from), "r"(x), "r"(y)
+        : "memory");
+}
+
+__device__ __forceinline__ void commit_box_stores() {
+    asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void box_stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
+}
+
 // Orders this thread's ordinary accesses to shared memory before later accesses of the copy engine
 // and the tensor cores: needed between writing a tile and handing it to them.
 __device__ __forceinline__ void fence_async_proxy() {
@@ -137,12 +156,15 @@ __device__ __forceinline__ void cluster_sync() {
 }
 
 // Arrives at the barrier that lies at this address in the block of rank `rank`.
+// Of its own block's scope: what is handed back was read by wgmma, whose end the thread has awaited,
+// so there is nothing to release, and a release to the cluster would cost a full memory barrier
+// (a third of a matrix product's time).
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
     asm volatile(
         "{\n"
         ".reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}\n" ::"r"(barrier),
         "r"(rank)
         : "memory");

@@ -363,6 +363,8 @@ pub(super) struct Gemm {
 pub(super) struct GemmSm90 {
     pub a: TensorMap,
     pub b: TensorMap,
+    /// Of the output; only read where that is bf16.
+    pub c: TensorMap,
     pub gemm: Gemm,
     pub tail: [u64; 3],
 }
@@ -424,7 +426,7 @@ sizes! {
     Attention = 112,
     AttentionSm90 = 448,
     Gemm = 168,
-    GemmSm90 = 448,
+    GemmSm90 = 576,
     Conv = 120,
     ConvSm90 = 512,
 }

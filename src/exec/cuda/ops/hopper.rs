@@ -13,6 +13,9 @@ pub(super) struct Tile {
     pub columns: usize,
     /// Blocks of a cluster: 2 take neighbouring rows and share what they load of the columns.
     pub cluster: usize,
+    /// Whether the consumers of a block take tiles in turn, one storing while the other
+    /// multiplies, instead of sharing each.
+    pub in_turn: bool,
 }
 
 impl fmt::Display for Tile {
@@ -27,13 +30,18 @@ impl Tile {
     /// Inner dimension of one step of the main loop.
     const DEPTH: usize = 64;
 
-    /// Cycles of one tile over an inner dimension of `depth`, about: the tensor cores of a
-    /// multiprocessor finish 2048 products a cycle, the second-level cache delivers some 40
-    /// bytes, and a tile's end takes about 2500.
-    fn cycles(&self, depth: usize) -> usize {
+    /// Cycles of the end of a tile: the last products, the epilogue, the stores.
+    const END: usize = 4000;
+
+    /// Cycles of `tiles` tiles, one after another, over an inner dimension of `depth`, about:
+    /// the tensor cores of a multiprocessor finish 2048 products a cycle and the second-level
+    /// cache delivers some 56 bytes (many blocks ask for the same at one time). Tiles taken in
+    /// turn hide their ends, at the price of some overlap in the main loop.
+    fn cycles(&self, tiles: usize, depth: usize) -> usize {
         let products = self.rows * self.columns * Self::DEPTH / 2048;
         let bytes = 2 * Self::DEPTH * (self.rows + self.columns / self.cluster);
-        depth.div_ceil(Self::DEPTH) * products.max(bytes / 40) + 2500
+        let main = tiles * depth.div_ceil(Self::DEPTH) * products.max(bytes / 56);
+        if self.in_turn { main * 21 / 20 + Self::END } else { main + tiles * Self::END }
     }
 }
 
@@ -46,7 +54,7 @@ pub(super) fn cheapest<'a>(
     units: impl Fn(&Tile) -> usize,
 ) -> Result<(&'a Tile, [u32; 3])> {
     let clusters = |tile: &Tile| multiprocessors / tile.cluster;
-    let cost = |tile: &&Tile| units(tile).div_ceil(clusters(tile)) * tile.cycles(depth);
+    let cost = |tile: &&Tile| tile.cycles(units(tile).div_ceil(clusters(tile)), depth);
     let tile = tiles.min_by_key(cost).ok_or_else(|| Error::device("no tile fits the product"))?;
     let count = units(tile).min(clusters(tile)) * tile.cluster;
     Ok((tile, [blocks(count, 1)?, 1, 1]))

@@ -112,14 +112,15 @@ pub(super) fn linear(
     let multiprocessors = p.kernels.multiprocessors as usize;
     if p.kernels.hopper && fits_hopper(&gemm, out) {
         let f32_out = dtype == DType::F32;
-        let tiles = HOPPER_TILES.iter().filter(|t| !f32_out || t.cluster == 1 && t.columns <= 128);
+        let tiles = if f32_out { &HOPPER_TILES_F32[..] } else { &HOPPER_TILES };
         let units = |t: &Tile| x.rows.div_ceil(t.rows * t.cluster) * out.cols.div_ceil(t.columns);
-        let (tile, grid) = hopper::cheapest(tiles, multiprocessors, x.cols, units)?;
+        let (tile, grid) = hopper::cheapest(tiles.iter(), multiprocessors, x.cols, units)?;
         let (rows, cols) = (out.cols, x.cols);
         let weight = Place { address: gemm.weight, rows, cols, stride: cols, dtype: DType::Bf16 };
         let parameters = params::GemmSm90 {
             a: tensor_map::matrix(x, tile.rows)?,
             b: tensor_map::matrix(weight, tile.columns / tile.cluster)?,
+            c: if f32_out { bytemuck::Zeroable::zeroed() } else { tensor_map::matrix(out, 16)? },
             gemm,
             tail: [0; 3],
         };
@@ -131,15 +132,15 @@ pub(super) fn linear(
     p.launch(name, [blocks(tiles, 1)?, 1, 1], &gemm)
 }
 
-/// The tiles of `kernels/gemm_sm90.cu`; those of one block and up to 128 columns also write
-/// f32.
-const HOPPER_TILES: [Tile; 6] = [
-    Tile { rows: 128, columns: 256, cluster: 2 },
-    Tile { rows: 128, columns: 256, cluster: 1 },
-    Tile { rows: 128, columns: 192, cluster: 2 },
-    Tile { rows: 256, columns: 128, cluster: 2 },
-    Tile { rows: 128, columns: 128, cluster: 1 },
-    Tile { rows: 128, columns: 64, cluster: 1 },
+/// The tiles of `kernels/gemm_sm90.cu` for bf16 and for f32.
+const HOPPER_TILES: [Tile; 3] = [
+    Tile { rows: 128, columns: 128, cluster: 2, in_turn: true },
+    Tile { rows: 128, columns: 192, cluster: 1, in_turn: false },
+    Tile { rows: 128, columns: 64, cluster: 1, in_turn: false },
+];
+const HOPPER_TILES_F32: [Tile; 2] = [
+    Tile { rows: 128, columns: 128, cluster: 1, in_turn: false },
+    Tile { rows: 128, columns: 64, cluster: 1, in_turn: false },
 ];
 
 /// Whether the kernels for sm_90 take this product.
