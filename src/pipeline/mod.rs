@@ -18,6 +18,7 @@
 
 mod generate;
 mod measure;
+mod modulation;
 mod plan;
 mod progress;
 mod prompts;

@@ -1,7 +1,6 @@
 //! The transformer as the sampler sees it.
 
-use std::collections::HashMap;
-
+use super::modulation::ModulationTable;
 use super::prompts::EncodedPrompt;
 use crate::checkpoint::TransformerConfig;
 use crate::exec::{GraphId, Session};
@@ -11,9 +10,6 @@ use crate::models::{ExpectedWeight, flux, mmdit};
 use crate::sampler::{Denoiser, Latent, LatentShape, SamplerRequest, StageGeometry, Step};
 use crate::tensor::DType;
 use crate::{Error, Result};
-
-/// Timesteps whose adaptive-norm vectors are computed in one run of their graph.
-const TIMESTEPS_PER_RUN: usize = 16;
 
 /// Records one call of the configured transformer.
 ///
@@ -77,8 +73,7 @@ pub struct Transformer<'a> {
     dtype: DType,
     text_tokens: Vec<usize>,
     text: Vec<f32>,
-    /// Vectors of all samples, by the bits of the timestep.
-    modulation: HashMap<u32, Vec<f32>>,
+    modulation: ModulationTable,
     stage: Option<Stage>,
 }
 
@@ -90,60 +85,22 @@ impl<'a> Transformer<'a> {
     /// Those of the backend.
     pub fn new(
         config: &'a TransformerConfig,
-        session: Box<dyn Session>,
+        mut session: Box<dyn Session>,
         dtype: DType,
         prompts: &[EncodedPrompt],
         request: &SamplerRequest,
     ) -> Result<Transformer<'a>> {
-        let mut transformer = Transformer {
+        let modulation =
+            ModulationTable::compute(config, &mut *session, dtype, prompts, request)?;
+        Ok(Transformer {
             config,
             session,
             dtype,
             text_tokens: prompts.iter().map(|p| p.tokens).collect(),
             text: prompts.iter().flat_map(|p| p.embeds.iter().copied()).collect(),
-            modulation: HashMap::new(),
+            modulation,
             stage: None,
-        };
-        let mut timesteps = Vec::new();
-        // Unit 0 and the first generated unit after it have all schedules there are.
-        for unit in request.first_unit()..request.units.min(request.first_unit() + 2) {
-            for stage in 0..crate::sampler::STAGES {
-                timesteps.extend(request.stage_geometry(unit, stage)?.timesteps);
-            }
-        }
-        timesteps.sort_by(f32::total_cmp);
-        timesteps.dedup();
-        for some in timesteps.chunks(TIMESTEPS_PER_RUN) {
-            transformer.compute_modulation(some, prompts)?;
-        }
-        Ok(transformer)
-    }
-
-    fn compute_modulation(&mut self, timesteps: &[f32], prompts: &[EncodedPrompt]) -> Result<()> {
-        let layout = modulation_layout(self.config);
-        let rows = timesteps.len() * prompts.len();
-        let (width, pooled_dim) = (self.config.width(), self.config.pooled_dim());
-        let graph = self.session.add(layout.record(rows, width, pooled_dim, self.dtype)?)?;
-        let repeated: Vec<f32> =
-            timesteps.iter().flat_map(|&t| prompts.iter().map(move |_| t)).collect();
-        let pooled: Vec<f32> = timesteps
-            .iter()
-            .flat_map(|_| prompts.iter().flat_map(|p| p.pooled.iter().copied()))
-            .collect();
-        for (name, data) in [("timesteps", repeated), ("pooled", pooled)] {
-            let input = self.session.find(graph, name)?;
-            self.session.write(graph, input, &data)?;
-        }
-        self.session.run(graph)?;
-        let output = self.session.find(graph, "modulation")?;
-        let table = self.session.read(graph, output)?;
-        self.session.remove(graph);
-        for (t, vectors) in
-            timesteps.iter().zip(table.chunks_exact(prompts.len() * layout.columns()))
-        {
-            self.modulation.insert(t.to_bits(), vectors.to_vec());
-        }
-        Ok(())
+        })
     }
 }
 
@@ -171,13 +128,11 @@ impl Denoiser for Transformer<'_> {
     }
 
     fn step(&mut self, x: &mut Latent, step: &Step) -> Result<()> {
-        let (Some(stage), Some(vectors)) =
-            (&self.stage, self.modulation.get(&step.timestep.to_bits()))
-        else {
+        let (Some(stage), Some(row)) = (&self.stage, self.modulation.row(step.timestep)) else {
             return Err(Error::usage("the sampler took a step that no stage announced"));
         };
         let session = &mut self.session;
-        session.write(stage.graph, stage.modulation, vectors)?;
+        session.copy(self.modulation.place(), row, (stage.graph, stage.modulation))?;
         session.write(stage.graph, stage.current, x.data())?;
         let scalars = [step.guidance.unwrap_or(0.0), step.dsigma];
         session.write(stage.graph, stage.scalars, &scalars)?;

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::exec::{Backend, GraphId, Pending, Session};
+use crate::exec::{Backend, GraphId, Pending, Session, check_copy};
 use crate::graph::{Graph, Node, Op, Plan, Role, TensorId, WeightId};
 use crate::tensor::{DType, WeightSource, WeightView};
 use crate::{Error, Result};
@@ -226,6 +226,26 @@ impl Session for CpuSession {
     fn write_ids(&mut self, graph: GraphId, input: TensorId, ids: &[u32]) -> Result<()> {
         let buffer = self.input_buffer(graph, input)?;
         bytemuck::cast_slice_mut::<f32, u32>(buffer).copy_from_slice(ids);
+        Ok(())
+    }
+
+    fn copy(
+        &mut self,
+        from: (GraphId, TensorId),
+        first: usize,
+        to: (GraphId, TensorId),
+    ) -> Result<()> {
+        let planned = self.planned(from.0)?;
+        let (source, target) =
+            (planned.graph.tensor(from.1), self.planned(to.0)?.graph.tensor(to.1));
+        check_copy(source, first, target, from.0 == to.0)?;
+        let rows = first..first + target.rows();
+        let place = self.place(planned, from.1)?;
+        // An input has memory of its own, which no tensor of another graph lies in.
+        let buffer = self.input_buffer(to.0, to.1)?;
+        for (row, out) in rows.zip(buffer.chunks_exact_mut(place.cols)) {
+            out.copy_from_slice(place.row(row));
+        }
         Ok(())
     }
 
