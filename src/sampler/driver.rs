@@ -166,7 +166,7 @@ impl Run<'_> {
     /// What stage 0 of `unit` starts from: its frame of the initial noise, reduced.
     fn start(&mut self, unit: usize) -> Result<Latent> {
         let shape = self.request.unit_shape();
-        let noise = self.noise.initial(self.request.noise_frame(unit), shape)?;
+        let noise = self.noise.initial(self.request.noise_frame(unit), shape)?.into_latent();
         check_shape(&noise, shape)?;
         let mut x = noise.halved().halved();
         // The mean of 4 independent normals has half their deviation, so each halving is
@@ -178,7 +178,7 @@ impl Run<'_> {
 
     /// What a stage above 0 starts from: the stage below, doubled and renoised.
     fn enter(&mut self, to: &StageGeometry, below: &Latent) -> Result<Latent> {
-        let noise = self.noise.block(to.unit, to.stage, to.shape)?;
+        let noise = self.noise.block(to.unit, to.stage, to.shape)?.into_latent();
         check_shape(&noise, to.shape)?;
         let mut x = below.doubled();
         let (alpha, beta) = stage_spans()[to.stage].renoise();

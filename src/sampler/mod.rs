@@ -35,7 +35,7 @@ pub use driver::{Denoiser, Observer, Silent, Step, sample};
 pub use guidance::{LinearGuidance, guided_euler_step};
 pub use history::{Clip, History, clips};
 pub use latent::{CHANNELS, Latent, LatentShape};
-pub use noise::{NoiseSource, PhiloxNoise, RecordedNoise};
+pub use noise::{Draw, Noise, NoiseSource, PhiloxNoise, RecordedNoise};
 pub use request::{Mode, Rounding, SamplerRequest, StageGeometry};
 pub use scaling::{LatentScaling, sample_posterior};
 pub use schedule::{STAGES, Schedule, StageSchedule, stage_spans};

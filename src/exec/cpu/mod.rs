@@ -6,6 +6,7 @@
 
 mod attention;
 mod conv;
+mod latent;
 mod linear;
 mod memory;
 mod norm;
@@ -19,6 +20,7 @@ use std::time::Instant;
 
 use crate::exec::{Backend, GraphId, Pending, Session, check_copy};
 use crate::graph::{Graph, Node, Op, Plan, Role, TensorId, WeightId};
+use crate::sampler::LatentShape;
 use crate::tensor::{DType, WeightSource, WeightView};
 use crate::{Error, Result};
 use memory::{Buffer, Mat, MatMut};
@@ -433,6 +435,11 @@ impl Run<'_> {
                 pointwise::add_position_table(self, *table, *max_size, *stage, *grid)
             }
             Op::GuidedEuler => pointwise::guided_euler(self),
+            &Op::NormalNoise { frames, height, width, block } => {
+                latent::normal_noise(self, LatentShape { frames, height, width }, block)
+            }
+            Op::HalveBilinear { factor } => latent::halve_bilinear(self, *factor),
+            Op::DoubleRenoise { alpha, beta } => latent::double_renoise(self, *alpha, *beta),
             Op::Conv3d(spec) => conv::conv3d(self, spec),
         }
     }
