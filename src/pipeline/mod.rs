@@ -16,6 +16,7 @@
 //! # }
 //! ```
 
+mod entrance;
 mod generate;
 mod measure;
 mod modulation;
