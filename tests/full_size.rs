@@ -4,7 +4,7 @@
 //! `PYRAFLOW_FULL_SIZE` names a folder that `tools/published_calls.py` wrote, or one that
 //! holds several of them; the checkpoints must still lie where they were. Options, after
 //! `cargo test --release --test full_size --`: `--json FILE` writes the results,
-//! `--only TEXT` runs the calls whose names contain it, `--backend cuda|generic|cpu|cpu-bf16`.
+//! `--only TEXT` runs the calls whose names contain it, `--backend cuda|own|generic|cpu|cpu-bf16`.
 
 mod common;
 
@@ -15,6 +15,7 @@ use std::sync::Arc;
 use common::golden::{Golden, channels_last, relative_error};
 use pyraflow::Result;
 use pyraflow::checkpoint::{Checkpoint, Component, StoreOptions, TransformerConfig};
+use pyraflow::exec::cuda::Gemm;
 use pyraflow::exec::{Backend, Cpu, Cuda, GraphId, Session};
 use pyraflow::graph::Graph;
 use pyraflow::models::dit::{Clip, Geometry, ModulationLayout, StepOutput};
@@ -80,6 +81,7 @@ impl Options {
 fn backend(name: &str) -> Result<Box<dyn Backend>> {
     Ok(match name {
         "" | "cuda" => Box::new(Cuda::open(None)?),
+        "own" => Box::new(Cuda::open(None)?.with_gemm(Gemm::Own)),
         "generic" => Box::new(Cuda::open(None)?.generic()),
         "cpu" => Box::new(Cpu::new()),
         "cpu-bf16" => Box::new(Cpu::rounding_to_bf16()),

@@ -44,6 +44,8 @@ struct Options {
     ignored: bool,
     require_gpu: bool,
     pretend: bool,
+    /// A variant that is left out.
+    without: Option<String>,
 }
 
 impl Options {
@@ -60,6 +62,7 @@ impl Options {
             ignored: false,
             require_gpu: false,
             pretend: false,
+            without: None,
         };
         // `--name=value` is `--name value`.
         let mut args = args.flat_map(|arg| match arg.split_once('=') {
@@ -77,6 +80,7 @@ impl Options {
                 "--cases" | "--nocapture" | "--no-capture" => options.lines = true,
                 "--require-gpu" => options.require_gpu = true,
                 "--pretend" => options.pretend = true,
+                "--without" => options.without = Some(value()?),
                 "--ignored" => options.ignored = true,
                 "--include-ignored" | "--quiet" | "-q" | "--test" | "--show-output" => {}
                 "--test-threads" | "--color" | "--format" | "--logfile" | "-Z" => {
@@ -405,7 +409,10 @@ fn main() -> ExitCode {
         println!("\n{} tests, 0 benchmarks", selected.len());
         return ExitCode::SUCCESS;
     }
-    let gpu = if options.pretend { Ok(pretended()) } else { gpu() };
+    let mut gpu = if options.pretend { Ok(pretended()) } else { gpu() };
+    if let (Ok(gpu), Some(name)) = (&mut gpu, &options.without) {
+        gpu.variants.retain(|variant| variant.name != name);
+    }
     let (device, mut failed) = match &gpu {
         Ok(gpu) => (format!("{}, driver {}", gpu.name, gpu.driver), 0),
         Err(reason) => (format!("skipped, {reason}"), usize::from(options.require_gpu)),

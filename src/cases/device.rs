@@ -45,8 +45,10 @@ pub fn gpu() -> Result<Gpu, String> {
         fenced: Box::new(cuda.clone().fenced()),
         plain: Box::new(cuda),
     };
-    let mut variants =
-        vec![variant("fast", cuda.clone()), variant("generic", cuda.clone().generic())];
+    let mut variants = vec![
+        variant("fast", cuda.clone().with_gemm(Gemm::Own)),
+        variant("generic", cuda.clone().generic()),
+    ];
     if probe::cublaslt().is_some() {
         variants.push(variant("cublaslt", cuda.clone().with_gemm(Gemm::CublasLt)));
     }

@@ -61,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
         gpu: found.require(None).ok().map(|gpu| gpu.index),
         cublaslt: Library {
             hint: version.is_none().then_some(
-                "optional, used for linear layers on GPUs other than Hopper: install it with CUDA, \
+                "optional, makes linear layers faster: install it with CUDA, \
                  or by pip install nvidia-cublas, and put the folder of libcublasLt.so.13 into \
                  LD_LIBRARY_PATH",
             ),

@@ -32,9 +32,8 @@ use weights::Uploader;
 /// Who computes linear layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gemm {
-    /// This program's kernels on GPUs of the Hopper generation (compute capability 9.0), which
-    /// have some of their own. On others cuBLASLt, where it is installed and for what it can
-    /// do.
+    /// cuBLASLt, where it is installed and for what it can do; this program's kernels for the
+    /// rest.
     Automatic,
     /// This program's kernels.
     Own,
@@ -131,7 +130,10 @@ impl Backend for Cuda {
     }
 
     fn description(&self) -> String {
-        self.info.name.clone()
+        match probe::cublaslt().filter(|_| self.gemm != Gemm::Own) {
+            Some(version) => format!("{} with cuBLASLt {version}", self.info.name),
+            None => self.info.name.clone(),
+        }
     }
 
     fn activations(&self) -> DType {

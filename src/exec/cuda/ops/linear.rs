@@ -16,24 +16,11 @@ use crate::{Error, Result};
 
 /// cuBLASLt, if linear layers of a session go to it.
 pub(in crate::exec::cuda) fn library(backend: &Cuda) -> Result<Option<CublasLt>> {
-    if !wants_library(backend.gemm, backend.kernels.hopper) {
-        return Ok(None);
-    }
-    let library = CublasLt::new(&backend.context);
     match backend.gemm {
+        Gemm::Own => Ok(None),
         // Nothing is lost but time where it is not installed, or not made for this driver.
-        Gemm::Automatic => Ok(library.ok()),
-        Gemm::Own | Gemm::CublasLt => library.map(Some),
-    }
-}
-
-/// Whether linear layers go to the library where it is there; `hopper` is whether this
-/// program's kernels for sm_90 are used.
-fn wants_library(gemm: Gemm, hopper: bool) -> bool {
-    match gemm {
-        Gemm::Automatic => !hopper,
-        Gemm::Own => false,
-        Gemm::CublasLt => true,
+        Gemm::Automatic => Ok(CublasLt::new(&backend.context).ok()),
+        Gemm::CublasLt => CublasLt::new(&backend.context).map(Some),
     }
 }
 
@@ -189,14 +176,6 @@ pub(super) fn row_groups(groups: &[crate::graph::RowGroup]) -> Result<RowGroups>
 mod tests {
     use super::*;
     use crate::graph::RowGroup;
-
-    #[test]
-    fn hopper_does_without_the_library() {
-        let wants = |gemm| [false, true].map(|hopper| wants_library(gemm, hopper));
-        assert_eq!(wants(Gemm::Automatic), [true, false]);
-        assert_eq!(wants(Gemm::Own), [false, false]);
-        assert_eq!(wants(Gemm::CublasLt), [true, true]);
-    }
 
     #[test]
     fn the_library_gets_what_it_fuses() {
