@@ -68,14 +68,8 @@ impl fmt::Display for Scale {
 
 /// All cases of a scale, ops in the order of [`Op::NAMES`]' families.
 pub fn cases(scale: Scale) -> Vec<Case> {
-    let families = [
-        linear::cases,
-        attention::cases,
-        norm::cases,
-        tokens::cases,
-        latent::cases,
-        video::cases,
-    ];
+    let families =
+        [linear::cases, attention::cases, norm::cases, tokens::cases, latent::cases, video::cases];
     families.iter().flat_map(|cases| cases(scale)).collect()
 }
 

@@ -8,9 +8,7 @@ use crate::exec::{GraphId, Session};
 use crate::graph::{Graph, TensorId};
 use crate::models::dit::{Clip, Geometry, ModulationLayout, StepOutput};
 use crate::models::{ExpectedWeight, flux, mmdit};
-use crate::sampler::{
-    Denoiser, Entry, Latent, LatentShape, SamplerRequest, StageGeometry, Step,
-};
+use crate::sampler::{Denoiser, Entry, Latent, LatentShape, SamplerRequest, StageGeometry, Step};
 use crate::tensor::DType;
 use crate::{Error, Result};
 
@@ -97,8 +95,7 @@ impl<'a> Transformer<'a> {
         prompts: &[EncodedPrompt],
         request: &SamplerRequest,
     ) -> Result<Transformer<'a>> {
-        let modulation =
-            ModulationTable::compute(config, &mut *session, dtype, prompts, request)?;
+        let modulation = ModulationTable::compute(config, &mut *session, dtype, prompts, request)?;
         Ok(Transformer {
             config,
             session,

@@ -140,7 +140,8 @@ fn check_finished(request: &SamplerRequest, finished: &[Latent]) -> Result<()> {
             .hint("ask for at least as many units as there are"));
     }
     for (unit, latent) in finished.iter().enumerate() {
-        check_shape(latent.shape(), request.unit_shape()).map_err(|e| e.at(format!("unit {unit}")))?;
+        check_shape(latent.shape(), request.unit_shape())
+            .map_err(|e| e.at(format!("unit {unit}")))?;
         if !latent.is_finite() {
             return Err(Error::input(format!("finished unit {unit} holds NaN or infinity"))
                 .hint("resume from an earlier unit"));
@@ -186,9 +187,7 @@ impl Run<'_> {
         let entry = self.entry(&geometry).map_err(|e| e.at(place(&geometry)))?;
         self.check_cancelled(&geometry, 0)?;
         let clips = history.clips(stage);
-        self.denoiser
-            .begin_stage(&geometry, &clips, &entry)
-            .map_err(|e| e.at(place(&geometry)))?;
+        self.denoiser.begin_stage(&geometry, &clips, &entry).map_err(|e| e.at(place(&geometry)))?;
         self.steps(&geometry, schedule)?;
         let x = self.denoiser.end_stage().map_err(|e| e.at(place(&geometry)))?;
         check_shape(x.shape(), geometry.shape).map_err(|e| e.at(place(&geometry)))?;
