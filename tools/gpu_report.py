@@ -55,7 +55,7 @@ def read(name):
 def ops(report):
     by_case = {row["case"]: row for row in report["results"]}
     copy = report["copy_gbytes_per_second"]
-    lines = [f"Single ops on one {report['device']} (driver {report['driver']}, commit {report['commit']}), medians of "
+    lines = [f"Single ops by our own kernels on one {report['device']} (driver {report['driver']}, commit {report['commit']}), medians of "
              f"{report['repeats']} runs with the cache flushed in between; a copy on the device moves {copy:.0f} GB/s:", "",
              "| op | time | rate |", "|---|---|---|"]
     for case, name in OPS.items():
