@@ -5,11 +5,15 @@ mod common;
 mod judge;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use common::runs::{open, whole_run};
 use judge::{Frame, Verdict, judge};
-use pyraflow::pipeline::{Quiet, Request};
-use pyraflow::sampler::PhiloxNoise;
+use pyraflow::checkpoint::Component;
+use pyraflow::exec::{Backend, Cpu};
+use pyraflow::pipeline::{Quiet, Request, Transformer};
+use pyraflow::sampler::{PhiloxNoise, Rounding, SamplerRequest, Silent, sample};
+use pyraflow::tensor::DType;
 
 /// Combinations of colour, shape and motion that were never trained on, asked for in
 /// words of the caption grammar: (prompt, colour, shape, motion).
@@ -37,6 +41,34 @@ fn runs_agree_with_the_reference() {
             .join(format!("tests/goldens-demo/{name}.safetensors"));
         assert!(whole_run(&format!("demo {name}"), &folder, &recorded), "{name} is missing");
     }
+}
+
+/// As a run of the published pipeline in bf16 has them.
+#[test]
+fn rounded_latents_are_bf16() {
+    let pipeline = open(&pyraflow::demo::folder().expect("the built-in model"), None);
+    let request = Request::new(pipeline.checkpoint(), "a red circle moves left", None);
+    let ids = pipeline.tokenize(&request).expect("ids");
+    let prompts = pipeline.encode_prompts(&ids, &mut Quiet).expect("embeddings");
+    let (mut settings, _) = request.resolve().expect("settings");
+    (settings.units, settings.steps) = (1, [2, 1, 1]);
+    let run = |rounding| {
+        let settings = SamplerRequest { rounding, ..settings.clone() };
+        let checkpoint = pipeline.checkpoint();
+        let weights = checkpoint.source_weights(Component::Transformer).expect("weights");
+        let session = Cpu::new().open(Arc::new(weights)).expect("session");
+        let config = checkpoint.transformer();
+        let mut transformer =
+            Transformer::new(config, session, DType::F32, &prompts, &settings).expect("tables");
+        let noise = &mut PhiloxNoise { seed: 1 };
+        sample(&settings, Vec::new(), &mut transformer, noise, &mut Silent).expect("latents")
+    };
+    let [exact, rounded] = [Rounding::default(), Rounding::PUBLISHED_BF16].map(run);
+    let is_bf16 = |v: &f32| v.to_bits() & 0xffff == 0;
+    assert!(rounded[0].data().iter().all(is_bf16));
+    assert!(!exact[0].data().iter().all(is_bf16));
+    let close = exact[0].data().iter().zip(rounded[0].data()).all(|(a, b)| (a - b).abs() < 0.5);
+    assert!(close, "rounding changes a latent by a few parts in a hundred");
 }
 
 #[test]

@@ -186,7 +186,8 @@ impl Network<'_> {
         let config = self.checkpoint.transformer();
         let (layout, graph) = record_step(config, &geometry, self.dtype)?;
         let (width, pooled_dim) = (config.width(), config.pooled_dim());
-        let table = layout.record(geometry.samples(), width, pooled_dim, self.dtype)?;
+        let rows = geometry.samples();
+        let table = layout.record(rows, 0..rows, width, pooled_dim, self.dtype)?;
         let (_, timesteps) = self.golden.tensor("timestep");
         let (_, pooled) = self.golden.tensor("pooled");
         let inputs = [("timesteps", Input::Values(&timesteps)), ("pooled", Input::Values(&pooled))];

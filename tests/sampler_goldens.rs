@@ -134,7 +134,8 @@ fn recorded_block_noise_sums_to_zero_and_replays() {
         for unit in first_unit..units {
             noise.initial(unit - first_unit, full).unwrap();
             for stage in 1..STAGES {
-                let block = noise.block(unit, stage, level_shape(full, stage)).unwrap();
+                let block =
+                    noise.block(unit, stage, level_shape(full, stage)).unwrap().into_latent();
                 let means = block.halved();
                 let largest = means.data().iter().fold(0f32, |m, x| m.max(x.abs()));
                 assert!(largest < 1e-3, "unit {unit}, stage {stage}: {largest}");

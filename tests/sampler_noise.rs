@@ -8,11 +8,11 @@ const SEEDS: [u64; 4] = [0, 1, 42, u64::MAX];
 const SIGMAS: f64 = 5.0;
 
 fn initial(seed: u64, frame: usize) -> Vec<f64> {
-    wide(&PhiloxNoise { seed }.initial(frame, SHAPE).unwrap())
+    wide(&PhiloxNoise { seed }.initial(frame, SHAPE).unwrap().into_latent())
 }
 
 fn block(seed: u64, unit: usize, stage: usize) -> Vec<f64> {
-    wide(&PhiloxNoise { seed }.block(unit, stage, SHAPE).unwrap())
+    wide(&PhiloxNoise { seed }.block(unit, stage, SHAPE).unwrap().into_latent())
 }
 
 fn wide(latent: &Latent) -> Vec<f64> {
@@ -151,10 +151,10 @@ fn renoised_noise_is_white() {
     let half = LatentShape { frames: 1, height: SHAPE.height / 2, width: SHAPE.width / 2 };
     let span = pyraflow::sampler::stage_spans();
     let (alpha, beta) = span[1].renoise();
-    let mut x = PhiloxNoise { seed: 21 }.initial(0, half).unwrap();
+    let mut x = PhiloxNoise { seed: 21 }.initial(0, half).unwrap().into_latent();
     x.scale(span[0].end as f32);
     let mut x = x.doubled();
-    let noise = PhiloxNoise { seed: 21 }.block(0, 1, SHAPE).unwrap();
+    let noise = PhiloxNoise { seed: 21 }.block(0, 1, SHAPE).unwrap().into_latent();
     x.renoise(&noise, alpha as f32, beta as f32);
     x.scale(1.0 / span[1].start as f32);
     let z = wide(&x);

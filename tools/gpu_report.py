@@ -5,7 +5,8 @@
     python tools/gpu_report.py --check    fail if it is not what the files say
 
 gpu-ops.json is what `cargo bench --bench ops -- --json FILE` measured, gpu-full-size.json what
-`cargo test --release --test full_size -- --json FILE` did. Only the standard library is needed.
+`cargo test --release --test full_size -- --json FILE` did, gpu-clip-NAME.json what `pyraflow bench
+--model NAME --seconds 5 --json FILE` did. Only the standard library is needed.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def read(name):
 def ops(report):
     by_case = {row["case"]: row for row in report["results"]}
     copy = report["copy_gbytes_per_second"]
-    lines = [f"Single ops on one {report['device']} (driver {report['driver']}, commit {report['commit']}), medians of "
+    lines = [f"Single ops by our own kernels on one {report['device']} (driver {report['driver']}, commit {report['commit']}), medians of "
              f"{report['repeats']} runs with the cache flushed in between; a copy on the device moves {copy:.0f} GB/s:", "",
              "| op | time | rate |", "|---|---|---|"]
     for case, name in OPS.items():
@@ -81,6 +82,18 @@ def calls(report):
     return lines
 
 
+def clips():
+    lines = ["Clips of 5 s at 24 fps, published steps, random weights, without encoding the file (`pyraflow bench --model NAME`):", "",
+             "| model | text | transformer | VAE decode | device memory | measured with |", "|---|---|---|---|---|---|"]
+    for name in ("sd3-768p", "sd3-384p", "miniflux-768p"):
+        report = read(f"gpu-clip-{name}.json")
+        text, sampling, decoding = report["measured"]["phases"]
+        peak = max(phase["memory"] for phase in report["measured"]["phases"]) / 2**30
+        lines.append(f"| {name} | {text['seconds']:.2f} s | {sampling['seconds']:.1f} s | {decoding['seconds']:.1f} s | {peak:.1f} GiB "
+                     f"| {report['device']}, driver {report['driver']}, commit {report['commit']} |")
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
@@ -91,7 +104,7 @@ def main():
     _, _, after = rest.partition(END)
     if not after:
         return f"gpu_report: {path} lacks the markers {BEGIN} and {END}"
-    table = "\n".join([*ops(read("gpu-ops.json")), "", *calls(read("gpu-full-size.json"))])
+    table = "\n".join([*ops(read("gpu-ops.json")), "", *calls(read("gpu-full-size.json")), "", *clips()])
     new = f"{before}{BEGIN}\n{table}\n{END}{after}"
     if args.check:
         return None if new == text else "gpu_report: README.md is not what benches/results say"

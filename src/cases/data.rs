@@ -35,6 +35,8 @@ pub enum Fill {
     Values(Vec<f32>),
     /// Ids below a bound; the first is the largest, the second 0.
     Ids(u32),
+    /// These words, over and over, in an input of words.
+    Words(Vec<u32>),
     /// Another fill but for one element.
     WithNan(Box<Fill>, usize),
 }
@@ -71,21 +73,24 @@ impl Fill {
                 if word().is_multiple_of(*rarity) { neighbour } else { *mean }
             }
             Fill::Values(values) => values[i % values.len()],
-            Fill::Ids(_) => f32::NAN,
+            Fill::Ids(_) | Fill::Words(_) => f32::NAN,
             Fill::WithNan(_, at) if i == *at => f32::NAN,
             Fill::WithNan(fill, _) => fill.value(seed, i, cols),
         }
     }
 
-    /// `n` ids, if this is a fill of ids.
+    /// `n` ids or words, if this is a fill of such.
     pub fn ids(&self, seed: u64, n: usize) -> Option<Vec<u32>> {
-        let Fill::Ids(below) = self else { return None };
-        let id = |i: usize| match i {
+        let id = |i: usize, below: u32| match i {
             0 => below - 1,
             1 => 0,
-            _ => (hash(seed, i as u64) % u64::from(*below)) as u32,
+            _ => (hash(seed, i as u64) % u64::from(below)) as u32,
         };
-        Some((0..n).map(id).collect())
+        match self {
+            Fill::Ids(below) => Some((0..n).map(|i| id(i, *below)).collect()),
+            Fill::Words(words) => Some((0..n).map(|i| words[i % words.len()]).collect()),
+            _ => None,
+        }
     }
 }
 

@@ -12,6 +12,7 @@ mod attention;
 mod compare;
 mod data;
 mod device;
+mod latent;
 mod linear;
 mod norm;
 mod run;
@@ -67,7 +68,8 @@ impl fmt::Display for Scale {
 
 /// All cases of a scale, ops in the order of [`Op::NAMES`]' families.
 pub fn cases(scale: Scale) -> Vec<Case> {
-    let families = [linear::cases, attention::cases, norm::cases, tokens::cases, video::cases];
+    let families =
+        [linear::cases, attention::cases, norm::cases, tokens::cases, latent::cases, video::cases];
     families.iter().flat_map(|cases| cases(scale)).collect()
 }
 
@@ -282,7 +284,10 @@ fn bytes(graph: &Graph, node: &Node) -> u64 {
         | Op::TimestepEmbedding
         | Op::Patchify { .. }
         | Op::Unpatchify
-        | Op::GuidedEuler => 0,
+        | Op::GuidedEuler
+        | Op::NormalNoise { .. }
+        | Op::HalveBilinear { .. }
+        | Op::DoubleRenoise { .. } => 0,
     };
     written + read + 2 * weights as u64
 }
@@ -333,6 +338,7 @@ mod tests {
             Op::Embedding { positions: Some(_), .. } => "positions",
             Op::Patchify { channels_first: true } => "channels first",
             Op::GroupNorm { silu: true, .. } => "silu",
+            Op::NormalNoise { block: true, .. } => "block",
             Op::Embedding { positions: None, .. }
             | Op::Patchify { channels_first: false }
             | Op::GroupNorm { silu: false, .. }
@@ -344,7 +350,10 @@ mod tests {
             | Op::TimestepEmbedding
             | Op::Unpatchify
             | Op::AddPositionTable { .. }
-            | Op::GuidedEuler => "",
+            | Op::GuidedEuler
+            | Op::NormalNoise { block: false, .. }
+            | Op::HalveBilinear { .. }
+            | Op::DoubleRenoise { .. } => "",
         };
         format!("{} {settings}", op.name()).trim_end().to_string()
     }
@@ -398,6 +407,8 @@ mod tests {
             "patchify channels first",
             "group_norm",
             "group_norm silu",
+            "normal_noise",
+            "normal_noise block",
         ] {
             assert!(tested.contains(kind), "no test case for {kind}");
         }

@@ -12,7 +12,7 @@ pub use cuda::Cuda;
 
 use std::sync::Arc;
 
-use crate::graph::{Graph, Plan, TensorId};
+use crate::graph::{Graph, Plan, Role, Tensor, TensorId};
 use crate::tensor::{DType, WeightSource};
 use crate::{Error, Result};
 
@@ -71,7 +71,8 @@ pub trait Session: Send {
     /// When there is none of that name.
     fn find(&self, graph: GraphId, name: &str) -> Result<TensorId>;
 
-    /// Writes an f32 (or bf16) input.
+    /// Writes an f32 (or bf16) input. Runs asked for earlier still see what was there before,
+    /// and a few values are handed over without waiting for them.
     ///
     /// # Panics
     /// If the number of elements is not the tensor's.
@@ -83,7 +84,22 @@ pub trait Session: Send {
     /// If the number of elements is not the tensor's.
     fn write_ids(&mut self, graph: GraphId, input: TensorId, ids: &[u32]) -> Result<()>;
 
-    /// Executes all nodes in order.
+    /// Copies rows of an input, a state or an output of the last run of one graph to an input
+    /// of another, without the host: as many as that has, row `first` the first of them. Runs
+    /// and copies take effect in the order in which they are asked for.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] when `to` is no input, the graphs are the same, the types
+    /// differ, the rows do not lie one after another, or there are no such rows.
+    fn copy(
+        &mut self,
+        from: (GraphId, TensorId),
+        first: usize,
+        to: (GraphId, TensorId),
+    ) -> Result<()>;
+
+    /// Executes all nodes in order. On a device they may still be under way when this returns;
+    /// what goes wrong in them is then the error of a later call.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Device`] when the device fails.
@@ -112,6 +128,19 @@ pub trait Session: Send {
     /// # Errors
     /// Those of [`run`](Self::run).
     fn profile(&mut self, graph: GraphId) -> Result<Vec<f64>>;
+}
+
+/// Fails if [`Session::copy`] of row `first` on cannot be done.
+fn check_copy(from: &Tensor, first: usize, to: &Tensor, same_graph: bool) -> Result<()> {
+    let input = to.role == Role::Input && to.is_contiguous();
+    let fits = from.is_contiguous() && from.dtype == to.dtype && from.cols() == to.cols();
+    if input && fits && !same_graph && first + to.rows() <= from.rows() {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "rows {first}.. of {} {:?} ({}) cannot be copied to {} {:?} ({})",
+        from.name, from.shape, from.dtype, to.name, to.shape, to.dtype
+    )))
 }
 
 /// Fails if an id is not a row of a table of `vocabulary` rows.

@@ -29,6 +29,12 @@ impl Graph {
         self.add(name, shape, dtype, Role::Input)
     }
 
+    /// A tensor that nodes write and that keeps its contents, shared with the other graphs of
+    /// a session that have one of this name and size.
+    pub fn state(&mut self, name: &str, shape: &[usize], dtype: DType) -> TensorId {
+        self.add(name, shape, dtype, Role::State)
+    }
+
     /// A tensor whose f32 contents are known now.
     ///
     /// # Panics

@@ -238,6 +238,33 @@ pub enum Op {
     /// velocity `[b, h, w, c]` and scalars `[2]` (guidance, σ difference); updates x in
     /// place: `x ← x + Δσ · (v₀ + g·(v₁ − v₀))`, or `x + Δσ·v₀` for one sample.
     GuidedEuler,
+    /// words `[4]` (see [`crate::sampler::Draw::words`]) → seeded noise
+    /// `[frames, height, width, 16]` in f32, every value from its own coordinates.
+    NormalNoise {
+        /// Latent frames.
+        frames: usize,
+        /// Latent rows.
+        height: usize,
+        /// Latent columns.
+        width: usize,
+        /// Whether the 2×2 blocks `e` of each channel become `√(4/3)·(e − mean(e))`; height
+        /// and width are even then.
+        block: bool,
+    },
+    /// latents `[t, h, w, 16]` → `[t, h/2, w/2, 16]`: the mean of each 2×2 block (bilinear
+    /// resizing by one half) times `factor`.
+    HalveBilinear {
+        /// Factor on the means.
+        factor: f32,
+    },
+    /// latents x `[t, h, w, 16]`, noise `[t, 2h, 2w, 16]` → `alpha·x + beta·noise`, every
+    /// value of x repeated in a 2×2 block.
+    DoubleRenoise {
+        /// Factor on the latents.
+        alpha: f32,
+        /// Factor on the noise.
+        beta: f32,
+    },
     /// x `[t, h, w, c]` (and the residual) → causal convolution.
     Conv3d(ConvSpec),
     /// x `[t, h, w, c]` → group norm with the statistics of one frame, then SiLU if asked.
@@ -288,6 +315,9 @@ names! {
     Op::Unpatchify => "unpatchify",
     Op::AddPositionTable { .. } => "add_position_table",
     Op::GuidedEuler => "guided_euler",
+    Op::NormalNoise { .. } => "normal_noise",
+    Op::HalveBilinear { .. } => "halve_bilinear",
+    Op::DoubleRenoise { .. } => "double_renoise",
     Op::Conv3d(_) => "conv3d",
     Op::GroupNorm { .. } => "group_norm",
 }

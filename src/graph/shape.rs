@@ -1,6 +1,7 @@
 //! Shape inference: what each op produces from its inputs, or why it cannot.
 
 use super::{ConvSpec, Epilogue, Graph, Op, RowGroup, Shuffle, TensorId, WeightId};
+use crate::sampler::CHANNELS;
 use crate::{Error, Result};
 
 /// Checks the inputs of `op` and returns the shape of its output.
@@ -87,6 +88,22 @@ pub(super) fn infer(graph: &Graph, op: &Op, inputs: &[TensorId]) -> Result<Vec<u
             let [b, h, w, c] = check.fixed::<4>(0)?;
             check.that((1..=2).contains(&b) && shapes[1] == [2], "batch and scalars")?;
             Ok(vec![1, h, w, c])
+        }
+        Op::NormalNoise { frames, height, width, block } => {
+            check.that(check.fixed::<1>(0)? == [4], "words")?;
+            check.that(!block || height % 2 == 0 && width % 2 == 0, "even height and width")?;
+            Ok(vec![*frames, *height, *width, CHANNELS])
+        }
+        Op::HalveBilinear { .. } => {
+            let [t, h, w, c] = check.fixed::<4>(0)?;
+            check.that(h % 2 == 0 && w % 2 == 0 && c == CHANNELS, "latents")?;
+            Ok(vec![t, h / 2, w / 2, c])
+        }
+        Op::DoubleRenoise { .. } => {
+            let [t, h, w, c] = check.fixed::<4>(0)?;
+            let doubled = [t, 2 * h, 2 * w, c];
+            check.that(c == CHANNELS && check.fixed::<4>(1)? == doubled, "latents and noise")?;
+            Ok(doubled.to_vec())
         }
         Op::Conv3d(spec) => conv3d(&check, spec),
         Op::GroupNorm { weight, bias, groups, .. } => {

@@ -258,13 +258,25 @@ impl ModulationLayout {
         self.columns
     }
 
-    /// Records the graph that computes the table for `rows` (timestep, pooled text) pairs:
-    /// inputs `timesteps` `[rows]` and `pooled` `[rows, pooled_dim]`, output `modulation`
-    /// `[rows, columns]`.
+    /// Records the graph that computes rows `range` of a table of `total` rows, one for each
+    /// (timestep, pooled text) pair: inputs `timesteps` `[rows]` and `pooled`
+    /// `[rows, pooled_dim]`, state `modulation` `[total, columns]` in f32. The graphs of all
+    /// ranges write to the same table.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Model`] when shapes do not fit.
-    pub fn record(&self, rows: usize, d: usize, pooled_dim: usize, dtype: DType) -> Result<Graph> {
+    ///
+    /// # Panics
+    /// If the range does not lie within the table.
+    pub fn record(
+        &self,
+        total: usize,
+        range: Range<usize>,
+        d: usize,
+        pooled_dim: usize,
+        dtype: DType,
+    ) -> Result<Graph> {
+        let rows = range.len();
         let mut g = Graph::new();
         g.scope("time_text_embed");
         let timesteps = g.input("timesteps", &[rows], DType::F32);
@@ -280,8 +292,8 @@ impl ModulationLayout {
         g.push_into(Op::Linear { parts, epilogue: Epilogue::Accumulate }, &[text], embedding)?;
         let embedding = g.push(Op::Activate(Activation::Silu), &[embedding])?;
 
-        let table = g.empty(&[rows, self.columns], DType::F32);
-        g.mark_output("modulation", table);
+        let table = g.state("modulation", &[total, self.columns], DType::F32);
+        let table = g.rows(table, range);
         for (name, columns) in &self.norms {
             g.scope(name.clone());
             let parts = vec![g.linear_weights(&format!("{name}.linear"), *columns, d)];

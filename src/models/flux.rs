@@ -78,7 +78,7 @@ pub fn expected_weights(config: &FluxConfig) -> Result<Vec<ExpectedWeight>> {
     let step = record_step(config, &geometry, StepOutput::Velocity, DType::F32)?;
     let layout = modulation_layout(config);
     let pooled = config.pooled_dim;
-    let modulation = layout.record(1, config.width(), pooled, DType::F32)?;
+    let modulation = layout.record(1, 0..1, config.width(), pooled, DType::F32)?;
     Ok(collect_weights(&[step, modulation]))
 }
 

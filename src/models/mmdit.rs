@@ -84,7 +84,7 @@ pub fn expected_weights(config: &MmditConfig) -> Result<Vec<ExpectedWeight>> {
     step.linear_weights(&format!("{last}.add_q_proj"), d, d);
     step.weight(&format!("{last}.norm_add_q.weight"), &[HEAD_SIZE]);
     let layout = modulation_layout(config);
-    let modulation = layout.record(1, d, config.pooled_dim, DType::F32)?;
+    let modulation = layout.record(1, 0..1, d, config.pooled_dim, DType::F32)?;
     Ok(collect_weights(&[step, modulation]))
 }
 

@@ -16,8 +16,10 @@
 //! # }
 //! ```
 
+mod entrance;
 mod generate;
 mod measure;
+mod modulation;
 mod plan;
 mod progress;
 mod prompts;

@@ -3,7 +3,8 @@
 use serde::Serialize;
 
 use super::Request;
-use super::transformer::{geometry, modulation_layout, record_step};
+use super::modulation;
+use super::transformer::{geometry, record_step};
 use crate::Result;
 use crate::checkpoint::{
     Checkpoint, ClipActivation, ClipConfig, Family, FluxConfig, MmditConfig, T5Config,
@@ -202,21 +203,27 @@ pub fn plan(
     let mut sampling = phase("sampling");
     let config = &networks.transformer;
     let text_tokens = vec![T5_LENGTH; samples];
-    let table =
-        modulation_layout(config).record(samples, config.width(), config.pooled_dim(), dtype)?;
-    let mut steps = 0;
     for unit in settings.first_unit()..settings.units {
         for stage in 0..STAGES {
             let stage = settings.stage_geometry(unit, stage)?;
             let geometry = geometry(&stage, &text_tokens);
             let graph = record_step(config, &geometry, StepOutput::EulerStep, dtype)?;
             sampling.add(&graph, backend, stage.timesteps.len());
-            steps += stage.timesteps.len();
         }
     }
-    let step_weights = sampling.weight_bytes;
-    sampling.add(&table, backend, steps.min(3 * (settings.steps[0] + settings.video_steps[0])));
-    sampling.weight_bytes = step_weights + table.weight_bytes(DType::Bf16.bytes());
+    // The table of the adaptive norms' vectors stays beside the graphs of the steps.
+    let mut table = phase("table");
+    let timesteps = modulation::timesteps(&settings)?.len();
+    for (_, graph) in modulation::record(config, timesteps, samples, dtype)? {
+        table.add(&graph, backend, 1);
+    }
+    if table.arena_bytes > sampling.arena_bytes {
+        sampling.arena_bytes = table.arena_bytes;
+        sampling.unshared_bytes = table.unshared_bytes;
+    }
+    sampling.persistent_bytes += table.persistent_bytes;
+    sampling.weight_bytes += table.weight_bytes;
+    sampling.flops += table.flops;
     phases.push(sampling);
 
     let mut decoding = phase("decoding");

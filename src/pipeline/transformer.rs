@@ -1,19 +1,16 @@
 //! The transformer as the sampler sees it.
 
-use std::collections::HashMap;
-
+use super::entrance::Entrances;
+use super::modulation::ModulationTable;
 use super::prompts::EncodedPrompt;
 use crate::checkpoint::TransformerConfig;
 use crate::exec::{GraphId, Session};
 use crate::graph::{Graph, TensorId};
 use crate::models::dit::{Clip, Geometry, ModulationLayout, StepOutput};
 use crate::models::{ExpectedWeight, flux, mmdit};
-use crate::sampler::{Denoiser, Latent, LatentShape, SamplerRequest, StageGeometry, Step};
+use crate::sampler::{Denoiser, Entry, Latent, LatentShape, SamplerRequest, StageGeometry, Step};
 use crate::tensor::DType;
 use crate::{Error, Result};
-
-/// Timesteps whose adaptive-norm vectors are computed in one run of their graph.
-const TIMESTEPS_PER_RUN: usize = 16;
 
 /// Records one call of the configured transformer.
 ///
@@ -67,18 +64,21 @@ struct Stage {
     modulation: TensorId,
     current: TensorId,
     scalars: TensorId,
+    shape: LatentShape,
+    rounded: bool,
 }
 
 /// Runs the transformer for the sampler. All adaptive-norm vectors are computed first:
-/// they depend on the timestep and the pooled prompts only.
+/// they depend on the timestep and the pooled prompts only. The latent stays in the session
+/// from one stage to the next.
 pub struct Transformer<'a> {
     config: &'a TransformerConfig,
     session: Box<dyn Session>,
     dtype: DType,
     text_tokens: Vec<usize>,
     text: Vec<f32>,
-    /// Vectors of all samples, by the bits of the timestep.
-    modulation: HashMap<u32, Vec<f32>>,
+    modulation: ModulationTable,
+    entrances: Entrances,
     stage: Option<Stage>,
 }
 
@@ -90,68 +90,26 @@ impl<'a> Transformer<'a> {
     /// Those of the backend.
     pub fn new(
         config: &'a TransformerConfig,
-        session: Box<dyn Session>,
+        mut session: Box<dyn Session>,
         dtype: DType,
         prompts: &[EncodedPrompt],
         request: &SamplerRequest,
     ) -> Result<Transformer<'a>> {
-        let mut transformer = Transformer {
+        let modulation = ModulationTable::compute(config, &mut *session, dtype, prompts, request)?;
+        Ok(Transformer {
             config,
             session,
             dtype,
             text_tokens: prompts.iter().map(|p| p.tokens).collect(),
             text: prompts.iter().flat_map(|p| p.embeds.iter().copied()).collect(),
-            modulation: HashMap::new(),
+            modulation,
+            entrances: Entrances::default(),
             stage: None,
-        };
-        let mut timesteps = Vec::new();
-        // Unit 0 and the first generated unit after it have all schedules there are.
-        for unit in request.first_unit()..request.units.min(request.first_unit() + 2) {
-            for stage in 0..crate::sampler::STAGES {
-                timesteps.extend(request.stage_geometry(unit, stage)?.timesteps);
-            }
-        }
-        timesteps.sort_by(f32::total_cmp);
-        timesteps.dedup();
-        for some in timesteps.chunks(TIMESTEPS_PER_RUN) {
-            transformer.compute_modulation(some, prompts)?;
-        }
-        Ok(transformer)
+        })
     }
 
-    fn compute_modulation(&mut self, timesteps: &[f32], prompts: &[EncodedPrompt]) -> Result<()> {
-        let layout = modulation_layout(self.config);
-        let rows = timesteps.len() * prompts.len();
-        let (width, pooled_dim) = (self.config.width(), self.config.pooled_dim());
-        let graph = self.session.add(layout.record(rows, width, pooled_dim, self.dtype)?)?;
-        let repeated: Vec<f32> =
-            timesteps.iter().flat_map(|&t| prompts.iter().map(move |_| t)).collect();
-        let pooled: Vec<f32> = timesteps
-            .iter()
-            .flat_map(|_| prompts.iter().flat_map(|p| p.pooled.iter().copied()))
-            .collect();
-        for (name, data) in [("timesteps", repeated), ("pooled", pooled)] {
-            let input = self.session.find(graph, name)?;
-            self.session.write(graph, input, &data)?;
-        }
-        self.session.run(graph)?;
-        let output = self.session.find(graph, "modulation")?;
-        let table = self.session.read(graph, output)?;
-        self.session.remove(graph);
-        for (t, vectors) in
-            timesteps.iter().zip(table.chunks_exact(prompts.len() * layout.columns()))
-        {
-            self.modulation.insert(t.to_bits(), vectors.to_vec());
-        }
-        Ok(())
-    }
-}
-
-impl Denoiser for Transformer<'_> {
-    fn begin_stage(&mut self, stage: &StageGeometry, history: &[Latent]) -> Result<()> {
-        if let Some(previous) = self.stage.take() {
-            self.session.remove(previous.graph);
-        }
+    /// Plans the steps of a stage, with all inputs written that stay as they are.
+    fn add_stage(&mut self, stage: &StageGeometry, history: &[Latent]) -> Result<Stage> {
         let geometry = geometry(stage, &self.text_tokens);
         let graph = record_step(self.config, &geometry, StepOutput::EulerStep, self.dtype)?;
         let graph = self.session.add(graph)?;
@@ -161,28 +119,71 @@ impl Denoiser for Transformer<'_> {
             let input = self.session.find(graph, &format!("clip{i}"))?;
             self.session.write(graph, input, clip.data())?;
         }
-        self.stage = Some(Stage {
+        Ok(Stage {
             graph,
             modulation: self.session.find(graph, "modulation")?,
             current: self.session.find(graph, "current")?,
             scalars: self.session.find(graph, "scalars")?,
-        });
-        Ok(())
+            shape: stage.shape,
+            rounded: stage.rounded,
+        })
     }
 
-    fn step(&mut self, x: &mut Latent, step: &Step) -> Result<()> {
-        let (Some(stage), Some(vectors)) =
-            (&self.stage, self.modulation.get(&step.timestep.to_bits()))
-        else {
-            return Err(Error::usage("the sampler took a step that no stage announced"));
-        };
+    fn stage(&self) -> Result<&Stage> {
+        self.stage.as_ref().ok_or_else(|| Error::usage("no stage was begun"))
+    }
+
+    /// Rounds the latent where that is asked for: on the host, since only comparisons with
+    /// other programs do.
+    fn round(&mut self) -> Result<()> {
+        if !self.stage()?.rounded {
+            return Ok(());
+        }
+        let mut x = self.end_stage()?;
+        x.round_to_bf16();
+        let &Stage { graph, current, .. } = self.stage()?;
+        self.session.write(graph, current, x.data())
+    }
+}
+
+impl Denoiser for Transformer<'_> {
+    fn begin_stage(
+        &mut self,
+        stage: &StageGeometry,
+        history: &[Latent],
+        entry: &Entry,
+    ) -> Result<()> {
+        let previous = self.stage.take();
+        let below = previous.as_ref().map(|p| (p.graph, p.current));
+        let entrance = self.entrances.prepare(&mut *self.session, entry, below)?;
+        // Before the next graph comes: both need not fit at once.
+        if let Some(previous) = previous {
+            self.session.remove(previous.graph);
+        }
+        let begun = self.add_stage(stage, history)?;
+        // Only now: adding a graph may move what others left in the arena.
+        self.session.run(entrance)?;
+        let x = self.session.find(entrance, "x")?;
+        self.session.copy((entrance, x), 0, (begun.graph, begun.current))?;
+        self.stage = Some(begun);
+        self.round()
+    }
+
+    fn step(&mut self, step: &Step) -> Result<()> {
+        let &Stage { graph, modulation, scalars, .. } = self.stage()?;
+        let row = self
+            .modulation
+            .row(step.timestep)
+            .ok_or_else(|| Error::usage("the sampler took a step that no stage announced"))?;
         let session = &mut self.session;
-        session.write(stage.graph, stage.modulation, vectors)?;
-        session.write(stage.graph, stage.current, x.data())?;
-        let scalars = [step.guidance.unwrap_or(0.0), step.dsigma];
-        session.write(stage.graph, stage.scalars, &scalars)?;
-        session.run(stage.graph)?;
-        x.data_mut().copy_from_slice(&session.read(stage.graph, stage.current)?);
-        Ok(())
+        session.copy(self.modulation.place(), row, (graph, modulation))?;
+        session.write(graph, scalars, &[step.guidance.unwrap_or(0.0), step.dsigma])?;
+        session.run(graph)?;
+        self.round()
+    }
+
+    fn end_stage(&mut self) -> Result<Latent> {
+        let &Stage { graph, current, shape, .. } = self.stage()?;
+        Latent::new(shape, self.session.read(graph, current)?)
     }
 }

@@ -1,5 +1,6 @@
 //! The loop over units, stages and steps.
 
+use super::entry::Entry;
 use super::history::History;
 use super::latent::{Latent, LatentShape};
 use super::noise::NoiseSource;
@@ -20,26 +21,43 @@ pub struct Step {
     pub dsigma: f32,
 }
 
-/// The model, as the sampler sees it.
+/// The model, as the sampler sees it. It keeps the latent `x` of the frame being sampled,
+/// perhaps in the memory of a device, where the steps of a stage may still be under way when
+/// these functions return: what goes wrong in one may be the error of a later one. With
+/// [`StageGeometry::rounded`] it rounds `x` to bf16 after the entry and after every step.
 pub trait Denoiser {
-    /// Prepares for the steps of one stage. `history` holds the clips of `stage.history`, oldest
-    /// first; they stay the same throughout the stage.
+    /// Makes the latent that the stage starts from, of `stage.shape`, out of `entry` and of
+    /// what the stage before ended with, and prepares for the steps. `history` holds the clips
+    /// of `stage.history`, oldest first; they stay the same throughout the stage.
     ///
     /// # Errors
     /// If the model cannot do what is asked.
-    fn begin_stage(&mut self, stage: &StageGeometry, history: &[Latent]) -> Result<()>;
+    fn begin_stage(
+        &mut self,
+        stage: &StageGeometry,
+        history: &[Latent],
+        entry: &Entry,
+    ) -> Result<()>;
 
-    /// Takes one step in place: `x <- x + step.dsigma * v`, where `v` is the guided velocity at
-    /// `x` (see [`super::guided_euler_step`]).
+    /// Takes one step: `x <- x + step.dsigma * v`, where `v` is the guided velocity at `x` (see
+    /// [`super::guided_euler_step`]).
     ///
     /// # Errors
     /// If the model fails.
-    fn step(&mut self, x: &mut Latent, step: &Step) -> Result<()>;
+    fn step(&mut self, step: &Step) -> Result<()>;
+
+    /// What the stage ends with: `x` after all steps so far. The next stage may still start
+    /// from it.
+    ///
+    /// # Errors
+    /// If the model or one of the steps failed.
+    fn end_stage(&mut self) -> Result<Latent>;
 }
 
 /// Watches a run, and may stop it. An error from it ends the run.
 pub trait Observer {
-    /// A step is done; `done` of the stage's steps are.
+    /// A step was taken; `done` of the stage's steps were. A device may still be busy with
+    /// the last ones.
     ///
     /// # Errors
     /// Whatever should end the run.
@@ -122,7 +140,8 @@ fn check_finished(request: &SamplerRequest, finished: &[Latent]) -> Result<()> {
             .hint("ask for at least as many units as there are"));
     }
     for (unit, latent) in finished.iter().enumerate() {
-        check_shape(latent, request.unit_shape()).map_err(|e| e.at(format!("unit {unit}")))?;
+        check_shape(latent.shape(), request.unit_shape())
+            .map_err(|e| e.at(format!("unit {unit}")))?;
         if !latent.is_finite() {
             return Err(Error::input(format!("finished unit {unit} holds NaN or infinity"))
                 .hint("resume from an earlier unit"));
@@ -131,11 +150,11 @@ fn check_finished(request: &SamplerRequest, finished: &[Latent]) -> Result<()> {
     Ok(())
 }
 
-fn check_shape(latent: &Latent, shape: LatentShape) -> Result<()> {
-    if latent.shape() == shape {
+fn check_shape(found: LatentShape, wanted: LatentShape) -> Result<()> {
+    if found == wanted {
         return Ok(());
     }
-    Err(Error::input(format!("a latent of shape {} was given for {shape}", latent.shape())))
+    Err(Error::input(format!("a latent of shape {found} was given for {wanted}")))
 }
 
 /// A run's parts, for as long as it lasts.
@@ -149,71 +168,67 @@ struct Run<'a> {
 impl Run<'_> {
     /// Samples the next unit after `history`.
     fn unit(&mut self, history: &History) -> Result<Latent> {
-        let unit = history.len();
-        let Schedule { stages } = self.request.schedule(unit)?;
-        let mut x = self.start(unit).map_err(|e| e.at(format!("unit {unit}")))?;
-        for (stage, schedule) in stages.iter().enumerate() {
-            let geometry = self.request.stage_geometry(unit, stage)?;
-            if stage > 0 {
-                x = self.enter(&geometry, &x).map_err(|e| e.at(place(&geometry)))?;
-            }
-            self.stage(&geometry, schedule, history, &mut x)?;
-            self.observer.stage_finished(&geometry, &x)?;
+        let Schedule { stages } = self.request.schedule(history.len())?;
+        let mut x = self.stage(0, &stages[0], history)?;
+        for (stage, schedule) in stages.iter().enumerate().skip(1) {
+            x = self.stage(stage, schedule, history)?;
         }
         Ok(x)
     }
 
-    /// What stage 0 of `unit` starts from: its frame of the initial noise, reduced.
-    fn start(&mut self, unit: usize) -> Result<Latent> {
-        let shape = self.request.unit_shape();
-        let noise = self.noise.initial(self.request.noise_frame(unit), shape)?;
-        check_shape(&noise, shape)?;
-        let mut x = noise.halved().halved();
-        // The mean of 4 independent normals has half their deviation, so each halving is
-        // made up for by a factor of 2; powers of two commute with rounding.
-        x.scale(4.0);
-        self.round(&mut x);
+    /// Samples one stage of the next unit after `history`.
+    fn stage(
+        &mut self,
+        stage: usize,
+        schedule: &StageSchedule,
+        history: &History,
+    ) -> Result<Latent> {
+        let geometry = self.request.stage_geometry(history.len(), stage)?;
+        let entry = self.entry(&geometry).map_err(|e| e.at(place(&geometry)))?;
+        self.check_cancelled(&geometry, 0)?;
+        let clips = history.clips(stage);
+        self.denoiser.begin_stage(&geometry, &clips, &entry).map_err(|e| e.at(place(&geometry)))?;
+        self.steps(&geometry, schedule)?;
+        let x = self.denoiser.end_stage().map_err(|e| e.at(place(&geometry)))?;
+        check_shape(x.shape(), geometry.shape).map_err(|e| e.at(place(&geometry)))?;
+        if !x.is_finite() {
+            return Err(Error::numeric(format!(
+                "{}: the latent holds NaN or infinity",
+                place(&geometry)
+            ))
+            .hint("check the checkpoint for damage, or lower the guidance"));
+        }
+        self.observer.stage_finished(&geometry, &x)?;
         Ok(x)
     }
 
-    /// What a stage above 0 starts from: the stage below, doubled and renoised.
-    fn enter(&mut self, to: &StageGeometry, below: &Latent) -> Result<Latent> {
+    /// What a stage starts from: for stage 0 its frame of the initial noise, for the others
+    /// the stage below.
+    fn entry(&mut self, to: &StageGeometry) -> Result<Entry> {
+        if to.stage == 0 {
+            let (frame, shape) = (self.request.noise_frame(to.unit), self.request.unit_shape());
+            let noise = self.noise.initial(frame, shape)?;
+            check_shape(noise.shape(), shape)?;
+            return Ok(Entry::Start { noise });
+        }
         let noise = self.noise.block(to.unit, to.stage, to.shape)?;
-        check_shape(&noise, to.shape)?;
-        let mut x = below.doubled();
+        check_shape(noise.shape(), to.shape)?;
         let (alpha, beta) = stage_spans()[to.stage].renoise();
-        x.renoise(&noise, alpha as f32, beta as f32);
-        self.round(&mut x);
-        Ok(x)
+        Ok(Entry::Renoise { alpha: alpha as f32, beta: beta as f32, noise })
     }
 
     /// Takes all steps of one stage.
-    fn stage(
-        &mut self,
-        geometry: &StageGeometry,
-        schedule: &StageSchedule,
-        history: &History,
-        x: &mut Latent,
-    ) -> Result<()> {
-        self.check_cancelled(geometry, 0)?;
-        let clips = history.clips(geometry.stage);
-        self.denoiser.begin_stage(geometry, &clips).map_err(|e| e.at(place(geometry)))?;
+    fn steps(&mut self, geometry: &StageGeometry, schedule: &StageSchedule) -> Result<()> {
         for (index, &timestep) in geometry.timesteps.iter().enumerate() {
             self.check_cancelled(geometry, index)?;
             let guidance = self.request.guidance_at(geometry.unit);
             let step = Step { index, timestep, guidance, dsigma: schedule.dsigma(index) };
             self.denoiser
-                .step(x, &step)
+                .step(&step)
                 .map_err(|e| e.at(format!("{}, step {index}", place(geometry))))?;
-            self.round(x);
             self.observer.step_finished(geometry, index + 1)?;
         }
-        check_shape(x, geometry.shape).map_err(|e| e.at(place(geometry)))?;
-        if x.is_finite() {
-            return Ok(());
-        }
-        Err(Error::numeric(format!("{}: the latent holds NaN or infinity", place(geometry)))
-            .hint("check the checkpoint for damage, or lower the guidance"))
+        Ok(())
     }
 
     fn check_cancelled(&self, geometry: &StageGeometry, step: usize) -> Result<()> {
@@ -225,12 +240,6 @@ impl Run<'_> {
             "stopped at {place}, step {step}; {} of {units} units are finished",
             geometry.unit
         )))
-    }
-
-    fn round(&self, x: &mut Latent) {
-        if self.request.rounding.latents {
-            x.round_to_bf16();
-        }
     }
 }
 

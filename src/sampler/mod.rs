@@ -12,16 +12,19 @@
 //! | [`schedule`] | timesteps, sigmas and the renoising coefficients of the stages |
 //! | [`philox`] | the counter-based random generator |
 //! | [`noise`] | [`NoiseSource`]: seeded or recorded noise |
+//! | [`entry`] | [`Entry`]: what a stage starts from |
 //! | [`history`] | which finished frames a stage sees, and at which size |
 //! | [`guidance`] | classifier-free guidance and the Euler step |
 //! | [`scaling`] | between the VAE's latents and the sampler's |
 //! | [`request`] | [`SamplerRequest`]: what to sample, validated, and its per-stage geometry |
 //! | [`driver`] | [`sample`]: the loop over units, stages and steps |
 //!
-//! Everything here is plain f32 on the host: latents are small (1 MB a frame at 768p), the
-//! work is the transformer's, which the driver sees only as a [`Denoiser`].
+//! Everything here is plain f32 on the host, and simple: the work is the transformer's, which
+//! the driver sees only as a [`Denoiser`]. That also keeps the latent of the frame being
+//! sampled; what happens to it here is the meaning that a device's kernels are held to.
 
 pub mod driver;
+pub mod entry;
 pub mod guidance;
 pub mod history;
 pub mod latent;
@@ -32,10 +35,11 @@ pub mod scaling;
 pub mod schedule;
 
 pub use driver::{Denoiser, Observer, Silent, Step, sample};
+pub use entry::Entry;
 pub use guidance::{LinearGuidance, guided_euler_step};
 pub use history::{Clip, History, clips};
 pub use latent::{CHANNELS, Latent, LatentShape};
-pub use noise::{NoiseSource, PhiloxNoise, RecordedNoise};
+pub use noise::{Draw, Noise, NoiseSource, PhiloxNoise, RecordedNoise};
 pub use request::{Mode, Rounding, SamplerRequest, StageGeometry};
 pub use scaling::{LatentScaling, sample_posterior};
 pub use schedule::{STAGES, Schedule, StageSchedule, stage_spans};

@@ -7,6 +7,33 @@ use super::philox;
 use super::schedule::{GAMMA, STAGES};
 use crate::{Error, Result};
 
+/// Noise of one latent: its values, or what they can be made from where they are needed.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Noise {
+    /// The values.
+    Values(Latent),
+    /// What a seed gives.
+    Seeded(Draw),
+}
+
+impl Noise {
+    /// The extents.
+    pub fn shape(&self) -> LatentShape {
+        match self {
+            Noise::Values(latent) => latent.shape(),
+            Noise::Seeded(draw) => draw.shape,
+        }
+    }
+
+    /// The values, made on the host where need be.
+    pub fn into_latent(self) -> Latent {
+        match self {
+            Noise::Values(latent) => latent,
+            Noise::Seeded(draw) => draw.latent(),
+        }
+    }
+}
+
 /// A source of the three kinds of noise that a run uses.
 ///
 /// Every draw is asked for by its coordinates, never "the next one", so a resumed or extended
@@ -17,16 +44,17 @@ pub trait NoiseSource {
     ///
     /// # Errors
     /// If the source has no such noise.
-    fn initial(&mut self, frame: usize, shape: LatentShape) -> Result<Latent>;
+    fn initial(&mut self, frame: usize, shape: LatentShape) -> Result<Noise>;
 
     /// Block noise for entering stage `stage` (1 or 2) of unit `unit`: each 2x2 block of each
     /// channel is normal with covariance `(1+γ)I - γ·11ᵀ`. `shape` has one frame.
     ///
     /// # Errors
     /// If the source has no such noise.
-    fn block(&mut self, unit: usize, stage: usize, shape: LatentShape) -> Result<Latent>;
+    fn block(&mut self, unit: usize, stage: usize, shape: LatentShape) -> Result<Noise>;
 
-    /// Standard normal noise for sampling the VAE's posterior of a given image.
+    /// Standard normal noise for sampling the VAE's posterior of a given image, which is done
+    /// on the host.
     ///
     /// # Errors
     /// If the source has no such noise.
@@ -54,39 +82,82 @@ enum Purpose {
 }
 
 impl PhiloxNoise {
-    /// Standard normals; `first` is the frame coordinate of the first frame.
-    fn normals(&self, purpose: Purpose, stage: usize, first: usize, shape: LatentShape) -> Latent {
-        const QUAD: usize = 4;
-        let key = [self.seed as u32, (self.seed >> 32) as u32];
-        let kind = (purpose as u32) << 16 | (stage as u32) << 8;
-        let mut latent = Latent::zeros(shape);
-        let rows = latent.data_mut().par_chunks_exact_mut(shape.width * CHANNELS);
-        rows.enumerate().for_each(|(row, values)| {
-            let frame = (first + row / shape.height) as u32;
-            let y = (row % shape.height) as u32;
-            for (i, quad) in values.chunks_exact_mut(QUAD).enumerate() {
-                let x = (i / (CHANNELS / QUAD)) as u32;
-                let channels = (i % (CHANNELS / QUAD)) as u32;
-                quad.copy_from_slice(&philox::normals([x, y, frame, kind | channels], key));
-            }
-        });
-        latent
+    fn draw(&self, purpose: Purpose, stage: usize, first: usize, shape: LatentShape) -> Draw {
+        Draw {
+            key: [self.seed as u32, (self.seed >> 32) as u32],
+            kind: (purpose as u32) << 16 | (stage as u32) << 8,
+            first: first as u32,
+            block: matches!(purpose, Purpose::Block),
+            shape,
+        }
     }
 }
 
 impl NoiseSource for PhiloxNoise {
-    fn initial(&mut self, frame: usize, shape: LatentShape) -> Result<Latent> {
-        Ok(self.normals(Purpose::Initial, 0, frame, shape))
+    fn initial(&mut self, frame: usize, shape: LatentShape) -> Result<Noise> {
+        Ok(Noise::Seeded(self.draw(Purpose::Initial, 0, frame, shape)))
     }
 
-    fn block(&mut self, unit: usize, stage: usize, shape: LatentShape) -> Result<Latent> {
-        let mut noise = self.normals(Purpose::Block, stage, unit, shape);
-        project_to_block_noise(&mut noise);
-        Ok(noise)
+    fn block(&mut self, unit: usize, stage: usize, shape: LatentShape) -> Result<Noise> {
+        Ok(Noise::Seeded(self.draw(Purpose::Block, stage, unit, shape)))
     }
 
     fn posterior(&mut self, shape: LatentShape) -> Result<Latent> {
-        Ok(self.normals(Purpose::Posterior, 0, 0, shape))
+        Ok(self.draw(Purpose::Posterior, 0, 0, shape).latent())
+    }
+}
+
+/// Seeded noise by its coordinates: all that its values follow from, so that any device can
+/// make them, to the same bits. See [`PhiloxNoise`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Draw {
+    /// Lower and upper half of the seed.
+    pub key: [u32; 2],
+    /// Purpose and stage, in the upper 24 bits.
+    pub kind: u32,
+    /// The frame coordinate of the first frame.
+    pub first: u32,
+    /// Whether the normals are turned into block noise; height and width are even then.
+    pub block: bool,
+    /// The extents.
+    pub shape: LatentShape,
+}
+
+impl Draw {
+    /// Key, kind and first frame: what differs between draws of one shape.
+    pub fn words(&self) -> [u32; 4] {
+        [self.key[0], self.key[1], self.kind, self.first]
+    }
+
+    /// The draw that [`Draw::words`] describes.
+    pub fn from_words(words: [u32; 4], block: bool, shape: LatentShape) -> Draw {
+        let [low, high, kind, first] = words;
+        Draw { key: [low, high], kind, first, block, shape }
+    }
+
+    /// The values.
+    ///
+    /// # Panics
+    /// If the height or the width of block noise is odd.
+    pub fn latent(&self) -> Latent {
+        const QUAD: usize = 4;
+        let shape = self.shape;
+        let mut latent = Latent::zeros(shape);
+        let rows = latent.data_mut().par_chunks_exact_mut(shape.width * CHANNELS);
+        rows.enumerate().for_each(|(row, values)| {
+            let frame = self.first.wrapping_add((row / shape.height) as u32);
+            let y = (row % shape.height) as u32;
+            for (i, quad) in values.chunks_exact_mut(QUAD).enumerate() {
+                let x = (i / (CHANNELS / QUAD)) as u32;
+                let channels = (i % (CHANNELS / QUAD)) as u32;
+                let counter = [x, y, frame, self.kind | channels];
+                quad.copy_from_slice(&philox::normals(counter, self.key));
+            }
+        });
+        if self.block {
+            project_to_block_noise(&mut latent);
+        }
+        latent
     }
 }
 
@@ -131,18 +202,19 @@ pub struct RecordedNoise {
 }
 
 impl NoiseSource for RecordedNoise {
-    fn initial(&mut self, frame: usize, shape: LatentShape) -> Result<Latent> {
+    fn initial(&mut self, frame: usize, shape: LatentShape) -> Result<Noise> {
         let recorded = frame < self.initial.shape().frames;
         let noise = recorded.then(|| self.initial.frame(frame));
-        replay(noise, shape, || format!("initial noise of frame {frame}"))
+        replay(noise, shape, || format!("initial noise of frame {frame}")).map(Noise::Values)
     }
 
-    fn block(&mut self, unit: usize, stage: usize, shape: LatentShape) -> Result<Latent> {
+    fn block(&mut self, unit: usize, stage: usize, shape: LatentShape) -> Result<Noise> {
         const PER_UNIT: usize = STAGES - 1;
         let index = unit.checked_sub(self.first_unit).zip(stage.checked_sub(1));
         let index = index.map(|(unit, stage)| unit * PER_UNIT + stage);
         let noise = index.and_then(|index| self.blocks.get(index)).cloned();
-        replay(noise, shape, || format!("block noise of unit {unit}, stage {stage}"))
+        let what = || format!("block noise of unit {unit}, stage {stage}");
+        replay(noise, shape, what).map(Noise::Values)
     }
 
     fn posterior(&mut self, shape: LatentShape) -> Result<Latent> {
@@ -177,11 +249,13 @@ mod tests {
                 latent.data()[start..start + 4].iter().map(|z| z.to_bits()).collect();
             bits
         };
-        let initial = at(&noise.normals(Purpose::Initial, 0, 7, SHAPE));
+        let draw = |purpose, stage, first| noise.draw(purpose, stage, first, SHAPE).latent();
+        let initial = at(&draw(Purpose::Initial, 0, 7));
         assert_eq!(initial, [0xbe54_333d, 0x3f00_02af, 0xbfc8_e765, 0xbf03_6fb0]);
-        let block = at(&noise.normals(Purpose::Block, 2, 7, SHAPE));
-        assert_eq!(block, [0x3f3d_419b, 0x3ef2_4b37, 0xbfad_2f11, 0xbfa1_afc7]);
-        let posterior = at(&noise.normals(Purpose::Posterior, 0, 0, SHAPE));
+        // Before they are made to sum to zero.
+        let block = Draw { block: false, ..noise.draw(Purpose::Block, 2, 7, SHAPE) };
+        assert_eq!(at(&block.latent()), [0x3f3d_419b, 0x3ef2_4b37, 0xbfad_2f11, 0xbfa1_afc7]);
+        let posterior = at(&draw(Purpose::Posterior, 0, 0));
         assert_eq!(posterior, [0xbf4e_4cd3, 0xbe68_dddb, 0xbef0_872c, 0x3ef7_9caa]);
     }
 
@@ -189,8 +263,8 @@ mod tests {
     fn a_value_depends_on_its_own_coordinates_only() {
         let noise = PhiloxNoise { seed: 5 };
         let large = LatentShape { frames: 3, height: 8, width: 10 };
-        let all = noise.normals(Purpose::Initial, 0, 0, large);
-        let part = noise.normals(Purpose::Initial, 0, 2, SHAPE);
+        let all = noise.draw(Purpose::Initial, 0, 0, large).latent();
+        let part = noise.draw(Purpose::Initial, 0, 2, SHAPE).latent();
         for y in 0..SHAPE.height {
             let row = SHAPE.width * CHANNELS;
             let start = (2 * large.height + y) * large.width * CHANNELS;
@@ -211,15 +285,16 @@ mod tests {
             first_unit: 1,
             posterior: None,
         };
-        assert_eq!(noise.initial(1, SHAPE).unwrap(), numbered(2.0, SHAPE));
-        assert_eq!(noise.block(1, 2, SHAPE).unwrap(), numbered(1.0, SHAPE));
-        assert_eq!(noise.block(2, 1, small).unwrap(), numbered(2.0, small));
+        let values = |value, shape| Noise::Values(numbered(value, shape));
+        assert_eq!(noise.initial(1, SHAPE).unwrap(), values(2.0, SHAPE));
+        assert_eq!(noise.block(1, 2, SHAPE).unwrap(), values(1.0, SHAPE));
+        assert_eq!(noise.block(2, 1, small).unwrap(), values(2.0, small));
         for missing in [
             noise.initial(2, SHAPE),
             noise.block(0, 1, small),
             noise.block(3, 1, small),
             noise.block(1, 1, SHAPE),
-            noise.posterior(SHAPE),
+            noise.posterior(SHAPE).map(Noise::Values),
         ] {
             assert_eq!(missing.unwrap_err().kind(), crate::ErrorKind::Input);
         }

@@ -167,6 +167,7 @@ impl SamplerRequest {
             history: history.collect(),
             timesteps: timesteps.map(|&t| round(t as f32)).collect(),
             guided: self.guidance_at(unit).is_some(),
+            rounded: self.rounding.latents,
         })
     }
 }
@@ -186,6 +187,8 @@ pub struct StageGeometry {
     pub timesteps: Vec<f32>,
     /// Whether the negative prompt is evaluated too.
     pub guided: bool,
+    /// Whether the latent is rounded to bf16 whenever it has changed.
+    pub rounded: bool,
 }
 
 #[cfg(test)]

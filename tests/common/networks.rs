@@ -102,7 +102,8 @@ pub fn transformer_calls(folder: &Path, golden: &Golden, backend: &dyn Backend) 
             ),
         };
         let pooled_dim = checkpoint.transformer().pooled_dim();
-        let table = layout.record(text_tokens.len(), d, pooled_dim, dtype).expect("graph");
+        let rows = text_tokens.len();
+        let table = layout.record(rows, 0..rows, d, pooled_dim, dtype).expect("graph");
         let table = session.add(table).expect("plan");
         write(&mut *session, table, "timesteps", &timesteps);
         write(&mut *session, table, "pooled", &pooled);

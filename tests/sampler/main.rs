@@ -49,12 +49,14 @@ fn record(request: &SamplerRequest, seed: u64) -> RecordedNoise {
     let full = request.unit_shape();
     let half = LatentShape::frame(full.height / 2, full.width / 2);
     let first_unit = usize::from(request.mode == Mode::ImageToVideo);
-    let initial: Vec<_> =
-        (0..request.units).map(|frame| source.initial(frame, full).unwrap()).collect();
+    let initial =
+        (0..request.units).map(|frame| source.initial(frame, full).unwrap().into_latent());
+    let initial: Vec<_> = initial.collect();
     let mut blocks = Vec::new();
     for unit in first_unit..request.units {
-        blocks.push(source.block(unit, 1, half).unwrap());
-        blocks.push(source.block(unit, 2, full).unwrap());
+        for (stage, shape) in [(1, half), (2, full)] {
+            blocks.push(source.block(unit, stage, shape).unwrap().into_latent());
+        }
     }
     RecordedNoise { initial: Latent::concat(&initial), blocks, first_unit, posterior: None }
 }

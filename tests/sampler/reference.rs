@@ -3,8 +3,8 @@
 
 use pyraflow::Result;
 use pyraflow::sampler::{
-    CHANNELS, Denoiser, Latent, LatentShape, RecordedNoise, SamplerRequest, StageGeometry, Step,
-    guided_euler_step,
+    CHANNELS, Denoiser, Entry, Latent, LatentShape, RecordedNoise, SamplerRequest, StageGeometry,
+    Step, guided_euler_step,
 };
 
 /// One frame, `[channel][row][column]`.
@@ -54,6 +54,7 @@ fn visit(frame: &Frame, mut f: impl FnMut(usize, f64, f64, f64)) {
 #[derive(Default)]
 pub struct Analytic {
     pub stage: Option<StageGeometry>,
+    pub x: Option<Latent>,
     pub history: Vec<FrameClip>,
     pub calls: Vec<(usize, usize, Step)>,
     pub bf16: bool,
@@ -69,23 +70,36 @@ impl Analytic {
 }
 
 impl Denoiser for Analytic {
-    fn begin_stage(&mut self, stage: &StageGeometry, history: &[Latent]) -> Result<()> {
+    fn begin_stage(
+        &mut self,
+        stage: &StageGeometry,
+        history: &[Latent],
+        entry: &Entry,
+    ) -> Result<()> {
         let shapes: Vec<_> = history.iter().map(Latent::shape).collect();
         assert_eq!(shapes, stage.history);
         history.iter().for_each(|clip| self.check_rounded(clip));
         self.history = history.iter().map(frames_of).collect();
+        assert_eq!(entry.shape(), stage.shape);
+        let mut x = entry.latent(self.x.as_ref())?;
+        assert_eq!(x.shape(), stage.shape);
+        assert_eq!(stage.rounded, self.bf16);
+        if stage.rounded {
+            x.round_to_bf16();
+        }
+        self.x = Some(x);
         self.stage = Some(stage.clone());
         Ok(())
     }
 
-    fn step(&mut self, x: &mut Latent, step: &Step) -> Result<()> {
+    fn step(&mut self, step: &Step) -> Result<()> {
         let stage = self.stage.as_ref().expect("begin_stage comes first");
-        assert_eq!(x.shape(), stage.shape);
+        let mut x = self.x.take().expect("begin_stage comes first");
         assert_eq!(step.timestep, stage.timesteps[step.index]);
         assert_eq!(step.guidance.is_some(), stage.guided);
-        self.check_rounded(x);
+        self.check_rounded(&x);
         self.calls.push((stage.unit, stage.stage, *step));
-        let current = frames_of(x).remove(0);
+        let current = frames_of(&x).remove(0);
         let [positive, negative] = [true, false].map(|positive| {
             let v = velocity(&current, step.timestep.into(), &self.history, positive);
             latent_of(&[v]).into_data()
@@ -95,7 +109,15 @@ impl Denoiser for Analytic {
         if self.poison == Some((stage.unit, stage.stage)) {
             x.data_mut()[7] = f32::NAN;
         }
+        if stage.rounded {
+            x.round_to_bf16();
+        }
+        self.x = Some(x);
         Ok(())
+    }
+
+    fn end_stage(&mut self) -> Result<Latent> {
+        Ok(self.x.clone().expect("begin_stage comes first"))
     }
 }
 

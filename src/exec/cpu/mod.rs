@@ -6,6 +6,7 @@
 
 mod attention;
 mod conv;
+mod latent;
 mod linear;
 mod memory;
 mod norm;
@@ -17,8 +18,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::exec::{Backend, GraphId, Pending, Session};
+use crate::exec::{Backend, GraphId, Pending, Session, check_copy};
 use crate::graph::{Graph, Node, Op, Plan, Role, TensorId, WeightId};
+use crate::sampler::LatentShape;
 use crate::tensor::{DType, WeightSource, WeightView};
 use crate::{Error, Result};
 use memory::{Buffer, Mat, MatMut};
@@ -229,6 +231,26 @@ impl Session for CpuSession {
         Ok(())
     }
 
+    fn copy(
+        &mut self,
+        from: (GraphId, TensorId),
+        first: usize,
+        to: (GraphId, TensorId),
+    ) -> Result<()> {
+        let planned = self.planned(from.0)?;
+        let (source, target) =
+            (planned.graph.tensor(from.1), self.planned(to.0)?.graph.tensor(to.1));
+        check_copy(source, first, target, from.0 == to.0)?;
+        let rows = first..first + target.rows();
+        let place = self.place(planned, from.1)?;
+        // An input has memory of its own, which no tensor of another graph lies in.
+        let buffer = self.input_buffer(to.0, to.1)?;
+        for (row, out) in rows.zip(buffer.chunks_exact_mut(place.cols)) {
+            out.copy_from_slice(place.row(row));
+        }
+        Ok(())
+    }
+
     fn run(&mut self, graph: GraphId) -> Result<()> {
         let planned = self.planned(graph)?;
         (0..planned.graph.nodes().len()).try_for_each(|step| self.node(planned, step))
@@ -413,6 +435,11 @@ impl Run<'_> {
                 pointwise::add_position_table(self, *table, *max_size, *stage, *grid)
             }
             Op::GuidedEuler => pointwise::guided_euler(self),
+            &Op::NormalNoise { frames, height, width, block } => {
+                latent::normal_noise(self, LatentShape { frames, height, width }, block)
+            }
+            Op::HalveBilinear { factor } => latent::halve_bilinear(self, *factor),
+            Op::DoubleRenoise { alpha, beta } => latent::double_renoise(self, *alpha, *beta),
             Op::Conv3d(spec) => conv::conv3d(self, spec),
         }
     }

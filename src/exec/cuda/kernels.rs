@@ -43,6 +43,11 @@ const FILES: &[File] = &[
             ("rgb8", BLOCK, 0),
         ],
     },
+    File { name: "noise", entries: &[("normal_noise", BLOCK, 0)] },
+    File {
+        name: "resize",
+        entries: &[("bilinear_half", BLOCK, 0), ("nearest_double_renoise", BLOCK, 0)],
+    },
     File {
         name: "norm",
         entries: &[

@@ -121,6 +121,47 @@ pub(super) struct Euler {
     pub pad: i32,
 }
 
+/// `kernels/noise.cu`: seeded noise.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct Noise {
+    pub out: Address,
+    pub words: Address,
+    pub frames: i32,
+    pub height: i32,
+    pub width: i32,
+    pub block: i32,
+}
+
+/// `kernels/resize.cu`: half the size; the extents are those of x.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct Halve {
+    pub x: Address,
+    pub out: Address,
+    pub frames: i32,
+    pub height: i32,
+    pub width: i32,
+    pub channels: i32,
+    pub factor: f32,
+    pub pad: i32,
+}
+
+/// `kernels/resize.cu`: twice the size, and noise; the extents are those of x.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct Renoise {
+    pub x: Address,
+    pub noise: Address,
+    pub out: Address,
+    pub frames: i32,
+    pub height: i32,
+    pub width: i32,
+    pub channels: i32,
+    pub alpha: f32,
+    pub beta: f32,
+}
+
 /// Values in −1 … 1 to bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -413,6 +454,9 @@ sizes! {
     Unpatchify = 40,
     Position = 56,
     Euler = 40,
+    Noise = 32,
+    Halve = 40,
+    Renoise = 48,
     Rgb8 = 32,
     PackConv = 32,
     RowGroups = 68,

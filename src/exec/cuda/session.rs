@@ -16,7 +16,7 @@ use super::readback::Readback;
 use super::step::Step;
 use super::tables::Tables;
 use super::weights::{DeviceWeights, Uploader};
-use crate::exec::{GraphId, Pending, Session};
+use crate::exec::{GraphId, Pending, Session, check_copy};
 use crate::graph::{Graph, Op, Plan, Role, TensorId};
 use crate::tensor::{DType, WeightSource};
 use crate::{Error, Result};
@@ -308,7 +308,7 @@ impl Session for CudaSession {
         self.stream.bind()?;
         let narrow = |v: &f32| bf16::from_f32(*v);
         // SAFETY: the input holds as many elements. Pageable memory is read before the
-        // driver returns.
+        // driver returns: what is small it copies aside without waiting for the stream.
         unsafe {
             match place.dtype {
                 DType::Bf16 => {
@@ -333,6 +333,23 @@ impl Session for CudaSession {
         self.stream.bind()?;
         // SAFETY: as in `write`.
         unsafe { self.stream.upload(place.address, bytemuck::cast_slice(ids)) }
+    }
+
+    fn copy(
+        &mut self,
+        from: (GraphId, TensorId),
+        first: usize,
+        to: (GraphId, TensorId),
+    ) -> Result<()> {
+        let (source, target) = (self.planned(from.0)?, self.planned(to.0)?);
+        let tensors = (source.graph.tensor(from.1), target.graph.tensor(to.1));
+        check_copy(tensors.0, first, tensors.1, from.0 == to.0)?;
+        let (from, to) = (self.place(source, from.1)?, self.place(target, to.1)?);
+        let row = to.cols * to.dtype.bytes();
+        self.stream.bind()?;
+        // SAFETY: both tensors have the rows, and an input has memory of its own, which no
+        // tensor of another graph lies in.
+        unsafe { self.stream.copy(to.address, from.address + (first * row) as u64, to.rows * row) }
     }
 
     fn run(&mut self, graph: GraphId) -> Result<()> {

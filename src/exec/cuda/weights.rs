@@ -78,7 +78,10 @@ pub(super) fn keys_of(graph: &Graph, node: &Node) -> Vec<Key> {
         | Op::TimestepEmbedding
         | Op::Patchify { .. }
         | Op::Unpatchify
-        | Op::GuidedEuler => Vec::new(),
+        | Op::GuidedEuler
+        | Op::NormalNoise { .. }
+        | Op::HalveBilinear { .. }
+        | Op::DoubleRenoise { .. } => Vec::new(),
     }
 }
 

@@ -3,6 +3,7 @@
 pub(super) mod attention;
 mod conv;
 mod hopper;
+mod latent;
 pub(super) mod linear;
 mod norm;
 mod pointwise;
@@ -71,6 +72,9 @@ impl Prepare<'_> {
                 pointwise::add_position_table(self, *table, *max_size, *stage, *grid)
             }
             Op::GuidedEuler => pointwise::guided_euler(self),
+            &Op::NormalNoise { block, .. } => latent::normal_noise(self, block),
+            Op::HalveBilinear { factor } => latent::halve_bilinear(self, *factor),
+            Op::DoubleRenoise { alpha, beta } => latent::double_renoise(self, *alpha, *beta),
             Op::Conv3d(spec) => conv::conv3d(self, spec),
         }
     }
