@@ -44,8 +44,8 @@ struct Options {
     ignored: bool,
     require_gpu: bool,
     pretend: bool,
-    /// A variant that is left out.
-    without: Option<String>,
+    /// Variants that are left out.
+    without: Vec<String>,
 }
 
 impl Options {
@@ -62,7 +62,7 @@ impl Options {
             ignored: false,
             require_gpu: false,
             pretend: false,
-            without: None,
+            without: Vec::new(),
         };
         // `--name=value` is `--name value`.
         let mut args = args.flat_map(|arg| match arg.split_once('=') {
@@ -80,7 +80,7 @@ impl Options {
                 "--cases" | "--nocapture" | "--no-capture" => options.lines = true,
                 "--require-gpu" => options.require_gpu = true,
                 "--pretend" => options.pretend = true,
-                "--without" => options.without = Some(value()?),
+                "--without" => options.without.push(value()?),
                 "--ignored" => options.ignored = true,
                 "--include-ignored" | "--quiet" | "-q" | "--test" | "--show-output" => {}
                 "--test-threads" | "--color" | "--format" | "--logfile" | "-Z" => {
@@ -410,8 +410,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let mut gpu = if options.pretend { Ok(pretended()) } else { gpu() };
-    if let (Ok(gpu), Some(name)) = (&mut gpu, &options.without) {
-        gpu.variants.retain(|variant| variant.name != name);
+    if let Ok(gpu) = &mut gpu {
+        gpu.variants.retain(|variant| !options.without.iter().any(|name| variant.name == name));
     }
     let (device, mut failed) = match &gpu {
         Ok(gpu) => (format!("{}, driver {}", gpu.name, gpu.driver), 0),

@@ -152,6 +152,8 @@ struct Algorithm {
 /// The library on one GPU, for one session.
 pub(super) struct CublasLt {
     handle: Arc<Handle>,
+    /// Layers of more rows are not for it.
+    pub most_rows: usize,
     /// `None` for what the library cannot do on this GPU.
     algorithms: RefCell<HashMap<Shape, Option<Algorithm>>>,
 }
@@ -160,7 +162,7 @@ impl CublasLt {
     /// Bytes of memory that products may work in, one at a time.
     pub const WORKSPACE: usize = 32 << 20;
 
-    pub fn new(context: &Arc<Context>) -> Result<CublasLt> {
+    pub fn new(context: &Arc<Context>, most_rows: usize) -> Result<CublasLt> {
         if version().is_none() {
             return Err(Error::device("cuBLASLt was not found").hint(
                 "put the folder of libcublasLt.so.13 into LD_LIBRARY_PATH, or do without it",
@@ -169,7 +171,7 @@ impl CublasLt {
         context.bind()?;
         let handle = check("starting", result::create_handle())?;
         let handle = Arc::new(Handle { handle, context: context.clone() });
-        Ok(CublasLt { handle, algorithms: RefCell::default() })
+        Ok(CublasLt { handle, most_rows, algorithms: RefCell::default() })
     }
 
     /// Makes a product ready to be queued. It works in [`CublasLt::WORKSPACE`] bytes from

@@ -32,8 +32,8 @@ use weights::Uploader;
 /// Who computes linear layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gemm {
-    /// cuBLASLt, where it is installed and for what it can do; this program's kernels for the
-    /// rest.
+    /// cuBLASLt, where it is installed, for what it can do and is faster at; this program's
+    /// kernels for the rest.
     Automatic,
     /// This program's kernels.
     Own,
