@@ -224,7 +224,7 @@ impl Network<'_> {
         assert!(frames <= 2, "{frames} latents");
         for (i, latent) in values.chunks_exact(height * width * channels).enumerate() {
             let carries = frames > 1;
-            let window = Window { frames: 1, height, width, continues: i > 0, carries };
+            let window = Window { continues: i > 0, carries, ..Window::whole(1, height, width) };
             let graph = record_decoder(self.checkpoint.vae()?, window, self.dtype)?;
             let (video, seconds) =
                 self.run(graph, &[("latents", Input::Values(latent))], "video")?;

@@ -177,7 +177,8 @@ fn real_graphs(family: Family) -> Vec<Graph> {
         separate_latents: false,
     };
     let step = record_step(&networks.transformer, &geometry, StepOutput::EulerStep, DType::Bf16);
-    let window = Window { frames: 1, height: 96, width: 160, continues: true, carries: true };
+    let window =
+        Window { continues: true, carries: true, ..Window::whole(1, 96, 160) };
     let decoder = record_decoder(&networks.vae, window, DType::Bf16);
     vec![step.expect("graph"), decoder.expect("graph")]
 }

@@ -104,6 +104,19 @@ impl Graph {
         self.view(of, vec![rows, range.len()], range.start, stride)
     }
 
+    /// Frames `range` of a video tensor.
+    ///
+    /// # Panics
+    /// If the range does not lie within the tensor.
+    pub fn frames(&mut self, of: TensorId, range: Range<usize>) -> TensorId {
+        let t = self.tensor(of);
+        let contiguous = t.shape.len() == 4 && t.is_contiguous();
+        assert!(contiguous && range.end <= t.shape[0], "frames {range:?} of {:?}", t.shape);
+        let (shape, stride) = (t.shape.clone(), t.row_stride);
+        let skip = range.start * shape[1..].iter().product::<usize>();
+        self.view(of, [&[range.len()], &shape[1..]].concat(), skip, stride)
+    }
+
     /// The same elements under another shape.
     ///
     /// # Panics
@@ -161,7 +174,7 @@ impl Graph {
     pub fn push_as(&mut self, op: Op, inputs: &[TensorId], dtype: DType) -> Result<TensorId> {
         let shape = shape::infer(self, &op, inputs)?;
         let output = self.empty(&shape, dtype);
-        self.record(op, inputs, output, None);
+        self.record(op, inputs, output);
         Ok(output)
     }
 
@@ -185,7 +198,7 @@ impl Graph {
                 found.shape
             )));
         }
-        self.record(op, inputs, output, None);
+        self.record(op, inputs, output);
         Ok(())
     }
 
@@ -195,22 +208,39 @@ impl Graph {
     /// # Errors
     /// [`crate::ErrorKind::Model`] when the shapes do not fit.
     pub fn conv3d(&mut self, spec: ConvSpec, inputs: &[TensorId], carry: bool) -> Result<TensorId> {
-        let op = Op::Conv3d(spec.clone());
-        let shape = shape::infer(self, &op, inputs)?;
-        let x = self.tensor(inputs[0]);
-        let (dtype, [_, h, w, c]) = (x.dtype, [x.shape[0], x.shape[1], x.shape[2], x.shape[3]]);
-        let carried = spec.carried_frames();
-        let state = (carry && carried > 0).then(|| {
-            let name = self.weights[spec.weight.index()].name.clone();
-            self.add(&name, &[carried, h, w, c], dtype, Role::State)
-        });
-        let output = self.empty(&shape, dtype);
-        self.record(op, inputs, output, state);
+        let shape = shape::infer(self, &Op::Conv3d(spec.clone()), inputs)?;
+        let output = self.empty(&shape, self.tensor(inputs[0]).dtype);
+        self.conv3d_into(spec, inputs, carry, output)?;
         Ok(output)
     }
 
-    fn record(&mut self, op: Op, inputs: &[TensorId], output: TensorId, state: Option<TensorId>) {
+    /// As [`Graph::conv3d`], with `output` as the place it writes.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Model`] when the shapes do not fit.
+    pub fn conv3d_into(
+        &mut self,
+        spec: ConvSpec,
+        inputs: &[TensorId],
+        carry: bool,
+        output: TensorId,
+    ) -> Result<()> {
+        let x = self.tensor(inputs[0]);
+        let (dtype, carried) = (x.dtype, spec.carried_frames());
+        let shape = [&[carried], &x.shape[1..]].concat();
+        let name = self.weights[spec.weight.index()].name.clone();
+        self.push_into(Op::Conv3d(spec), inputs, output)?;
+        if carry && carried > 0 {
+            let state = self.add(&name, &shape, dtype, Role::State);
+            if let Some(node) = self.nodes.last_mut() {
+                node.state = Some(state);
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, op: Op, inputs: &[TensorId], output: TensorId) {
         let label = self.scope.clone();
-        self.nodes.push(Node { op, inputs: inputs.to_vec(), output, state, label });
+        self.nodes.push(Node { op, inputs: inputs.to_vec(), output, state: None, label });
     }
 }

@@ -12,12 +12,14 @@
 mod builder;
 mod op;
 mod plan;
+mod residency;
 mod shape;
 
 pub use op::{
     Activation, AttentionSpec, ConvSpec, Epilogue, Op, RelativeBias, RowGroup, Segment, Shuffle,
 };
-pub use plan::{Lifetime, Plan};
+pub use plan::{Lifetime, Plan, Staged, StagedWhat};
+pub use residency::{Residency, matrices};
 
 use std::collections::HashMap;
 use std::ops::Range;

@@ -5,10 +5,14 @@
 //! offset that no root alive at the same time occupies ("greedy by size", Pisarchyk and
 //! Lee, arXiv 2001.03288). Where an op allows it, its output takes the place of an input
 //! that is not needed any more.
+//!
+//! What does not stay in device memory ([`Residency`]) has a place in the same arena, from
+//! the node at which it may begin to come in to the one by which it has gone out again.
 
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use super::{Graph, Role, TensorId};
+use super::{Graph, Residency, Role, TensorId};
 use crate::tensor::DType;
 
 /// Placement of one root tensor in the arena.
@@ -25,12 +29,39 @@ pub struct Lifetime {
     pub nodes: Range<usize>,
 }
 
+/// What comes in from the host for one node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StagedWhat {
+    /// The node's matrices, side by side.
+    Weights,
+    /// The node's state, which goes out again after it.
+    State(TensorId),
+}
+
+/// The place in the arena of what comes in from the host for one node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Staged {
+    /// The node that uses it.
+    pub node: usize,
+    /// What it is.
+    pub what: StagedWhat,
+    /// First byte in the arena, a multiple of [`Plan::ALIGNMENT`].
+    pub offset: u64,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Nodes during which the memory is kept: once those before the first have run it may
+    /// come in, and before the one past the last runs it must have gone out. The end may lie
+    /// past the last node of the graph: then it goes out while other graphs run.
+    pub nodes: Range<usize>,
+}
+
 /// Where every intermediate and output of a graph lives. Inputs, constants and states have
 /// memory of their own, since they outlive a run.
 #[derive(Debug, Clone, Default)]
 pub struct Plan {
     lifetimes: Vec<Lifetime>,
     by_root: Vec<Option<usize>>,
+    staged: Vec<Staged>,
     arena_bytes: u64,
     total_bytes: u64,
     persistent_bytes: u64,
@@ -43,24 +74,40 @@ impl Plan {
 
     /// Plans `graph` on a backend that stores elements of a type in `storage(type)` bytes.
     pub fn new(graph: &Graph, storage: impl Fn(DType) -> usize) -> Plan {
-        Self::with(graph, storage, true)
+        Self::with(graph, storage, &Residency::default(), true)
+    }
+
+    /// Plans `graph` with places for what `residency` does not keep in device memory. Weights
+    /// are stored in bf16.
+    pub fn staged(
+        graph: &Graph,
+        storage: impl Fn(DType) -> usize,
+        residency: &Residency,
+    ) -> Plan {
+        Self::with(graph, storage, residency, true)
     }
 
     /// A plan in which no two tensors share memory: what sharing must not change.
     pub fn unshared(graph: &Graph, storage: impl Fn(DType) -> usize) -> Plan {
-        Self::with(graph, storage, false)
+        Self::with(graph, storage, &Residency::default(), false)
     }
 
-    fn with(graph: &Graph, storage: impl Fn(DType) -> usize, share: bool) -> Plan {
+    fn with(
+        graph: &Graph,
+        storage: impl Fn(DType) -> usize,
+        residency: &Residency,
+        share: bool,
+    ) -> Plan {
         let bytes_of = |id: TensorId| {
             let t = graph.tensor(id);
             t.len() as u64 * storage(t.dtype) as u64
         };
         let mut lifetimes = spans(graph, &bytes_of);
+        let mut staged = stage(graph, residency, &bytes_of);
         let total_bytes = lifetimes.iter().map(|l| l.bytes).sum();
         if share {
             let owner = reuse_inputs(graph, &lifetimes);
-            place(&mut lifetimes, &owner);
+            place(&mut lifetimes, &mut staged, &owner);
         } else {
             let mut end = 0u64;
             for lifetime in &mut lifetimes {
@@ -73,15 +120,10 @@ impl Plan {
         for (i, lifetime) in lifetimes.iter().enumerate() {
             by_root[lifetime.root.index()] = Some(i);
         }
-        let persistent_bytes = graph
-            .tensors()
-            .iter()
-            .enumerate()
-            .filter(|(i, t)| t.root.index() == *i && !in_arena(&t.role))
-            .map(|(i, _)| bytes_of(TensorId(i as u32)))
-            .sum();
-        let arena_bytes = lifetimes.iter().map(|l| l.offset + l.bytes).max().unwrap_or(0);
-        Plan { lifetimes, by_root, arena_bytes, total_bytes, persistent_bytes }
+        let ends = lifetimes.iter().map(|l| l.offset + l.bytes);
+        let arena_bytes = ends.chain(staged.iter().map(|s| s.offset + s.bytes)).max().unwrap_or(0);
+        let persistent_bytes = persistent_bytes(graph, residency, &bytes_of);
+        Plan { lifetimes, by_root, staged, arena_bytes, total_bytes, persistent_bytes }
     }
 
     /// All placements, in the order of their roots.
@@ -94,6 +136,11 @@ impl Plan {
         self.by_root[root.index()].map(|i| &self.lifetimes[i])
     }
 
+    /// What comes in from the host, in the order of the nodes.
+    pub fn stages(&self) -> &[Staged] {
+        &self.staged
+    }
+
     /// Size of the arena: the peak of all intermediates, in bytes.
     pub fn arena_bytes(&self) -> u64 {
         self.arena_bytes
@@ -104,7 +151,7 @@ impl Plan {
         self.total_bytes
     }
 
-    /// Memory of inputs, constants and states, in bytes.
+    /// Memory of inputs, constants and the states that stay, in bytes.
     pub fn persistent_bytes(&self) -> u64 {
         self.persistent_bytes
     }
@@ -112,6 +159,82 @@ impl Plan {
 
 fn in_arena(role: &Role) -> bool {
     matches!(role, Role::Intermediate | Role::Output)
+}
+
+/// Memory of what outlives a run. States of one name and size are one.
+fn persistent_bytes(
+    graph: &Graph,
+    residency: &Residency,
+    bytes_of: &dyn Fn(TensorId) -> u64,
+) -> u64 {
+    let mut states = HashSet::new();
+    let mut counts = |id: TensorId| {
+        let tensor = graph.tensor(id);
+        match &tensor.role {
+            Role::State => {
+                !residency.hosts(&tensor.name) && states.insert((&tensor.name, bytes_of(id)))
+            }
+            role => !in_arena(role),
+        }
+    };
+    let ids = (0..graph.tensors().len()).map(|i| TensorId(i as u32));
+    let roots = ids.filter(|&id| graph.tensor(id).root == id);
+    roots.filter(|&id| counts(id)).map(bytes_of).sum()
+}
+
+/// What comes in from the host, not placed yet, with the nodes during which its memory is
+/// kept: as early, and for states as long, as at most [`Residency::ahead`] bytes are there.
+fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u64) -> Vec<Staged> {
+    if residency.is_full() {
+        return Vec::new();
+    }
+    let mut staged = Vec::new();
+    for (node, recorded) in graph.nodes().iter().enumerate() {
+        let item = |what, bytes| Staged { node, what, offset: 0, bytes, nodes: node..node + 1 };
+        let elements = |w: &super::WeightId| {
+            graph.weights()[w.index()].shape.iter().product::<usize>() as u64
+        };
+        let streamed = residency.streamed(graph, recorded);
+        if !streamed.is_empty() {
+            let bytes = streamed.iter().map(elements).sum::<u64>() * DType::Bf16.bytes() as u64;
+            staged.push(item(StagedWhat::Weights, bytes));
+        }
+        if let Some(state) = recorded.state.filter(|&s| residency.hosts(&graph.tensor(s).name)) {
+            staged.push(item(StagedWhat::State(state), bytes_of(state)));
+        }
+    }
+    let sizes: Vec<(usize, u64)> = staged.iter().map(|s| (s.node, s.bytes)).collect();
+    let mut last_use: HashMap<&str, usize> = HashMap::new();
+    let (mut first, mut after, mut ahead, mut behind) = (0, 0, 0, 0);
+    for (k, item) in staged.iter_mut().enumerate() {
+        // Items first ..= k fit before this node: the memory of the one before `first` is
+        // free for this one when its node has run.
+        ahead += item.bytes;
+        while ahead > residency.ahead() && first < k {
+            ahead -= sizes[first].1;
+            first += 1;
+        }
+        let free = first.checked_sub(1).map_or(0, |before| sizes[before].0 + 1);
+        item.nodes.start = free.min(item.node);
+        // Items k .. after fit from this node on.
+        if after < k {
+            (after, behind) = (k, 0);
+        }
+        while after < sizes.len() && (behind + sizes[after].1 <= residency.ahead() || after == k) {
+            behind += sizes[after].1;
+            after += 1;
+        }
+        behind -= item.bytes;
+        let StagedWhat::State(state) = item.what else { continue };
+        let next = sizes.get(after).map_or(graph.nodes().len() + 1, |&(node, _)| node);
+        item.nodes.end = next.max(item.node + 1);
+        // A state must have been used before it can come in for its next use.
+        let name = graph.tensor(state).name.as_str();
+        if let Some(before) = last_use.insert(name, item.node) {
+            item.nodes.start = item.nodes.start.max(before + 1);
+        }
+    }
+    staged
 }
 
 /// The lifetime of every root in the arena, not placed yet.
@@ -167,41 +290,52 @@ fn reuse_inputs(graph: &Graph, lifetimes: &[Lifetime]) -> Vec<usize> {
     owner
 }
 
-/// Assigns offsets, largest owner first.
-fn place(lifetimes: &mut [Lifetime], owner: &[usize]) {
-    // A group is an owner with all that take its place: one block of memory.
-    let mut groups: Vec<Option<Range<usize>>> = vec![None; lifetimes.len()];
-    for (i, lifetime) in lifetimes.iter().enumerate() {
-        let span = groups[owner[i]].get_or_insert(lifetime.nodes.clone());
-        span.start = span.start.min(lifetime.nodes.start);
-        span.end = span.end.max(lifetime.nodes.end);
+/// Assigns offsets, largest first: one block of memory for an owner and all that take its
+/// place, and one for each staged item.
+fn place(lifetimes: &mut [Lifetime], staged: &mut [Staged], owner: &[usize]) {
+    struct Block {
+        bytes: u64,
+        nodes: Range<usize>,
+        offset: u64,
     }
-    let mut order: Vec<usize> = (0..lifetimes.len()).filter(|&i| owner[i] == i).collect();
-    order.sort_by_key(|&i| (std::cmp::Reverse(lifetimes[i].bytes), i));
+    let mut blocks: Vec<Block> = lifetimes
+        .iter()
+        .map(|l| Block { bytes: l.bytes, nodes: l.nodes.clone(), offset: 0 })
+        .chain(staged.iter().map(|s| Block { bytes: s.bytes, nodes: s.nodes.clone(), offset: 0 }))
+        .collect();
+    for (i, lifetime) in lifetimes.iter().enumerate() {
+        let span = &mut blocks[owner[i]].nodes;
+        *span = span.start.min(lifetime.nodes.start)..span.end.max(lifetime.nodes.end);
+    }
+    let is_owner = |i: usize| owner.get(i).is_none_or(|&o| o == i);
+    let mut order: Vec<usize> = (0..blocks.len()).filter(|&i| is_owner(i)).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(blocks[i].bytes), i));
 
     let mut placed: Vec<usize> = Vec::new();
     for &i in &order {
-        let Some(span) = &groups[i] else { continue };
-        // Placed groups alive at the same time, by offset.
+        let Block { bytes, nodes, .. } = &blocks[i];
+        // Placed blocks alive at the same time, by offset.
         let mut taken: Vec<(u64, u64)> = placed
             .iter()
-            .filter(|&&j| {
-                groups[j].as_ref().is_some_and(|g| g.start < span.end && span.start < g.end)
-            })
-            .map(|&j| (lifetimes[j].offset, lifetimes[j].offset + lifetimes[j].bytes))
+            .map(|&j| &blocks[j])
+            .filter(|b| b.nodes.start < nodes.end && nodes.start < b.nodes.end)
+            .map(|b| (b.offset, b.offset + b.bytes))
             .collect();
         taken.sort_unstable();
         let mut offset = 0;
         for (start, end) in taken {
-            if offset + lifetimes[i].bytes <= start {
+            if offset + bytes <= start {
                 break;
             }
             offset = offset.max(end.next_multiple_of(Plan::ALIGNMENT));
         }
-        lifetimes[i].offset = offset;
+        blocks[i].offset = offset;
         placed.push(i);
     }
-    for i in 0..lifetimes.len() {
-        lifetimes[i].offset = lifetimes[owner[i]].offset;
+    for (i, lifetime) in lifetimes.iter_mut().enumerate() {
+        lifetime.offset = blocks[owner[i]].offset;
+    }
+    for (item, block) in staged.iter_mut().zip(&blocks[owner.len()..]) {
+        item.offset = block.offset;
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Encoder and decoder are recorded for one *window* of a video. A window that does not
 //! start the video continues from the frames its convolutions carried, which gives exactly
-//! the result of the whole video at once.
+//! the result of the whole video at once. Within a window the decoder can take its larger
+//! levels in pieces of a few frames in the same way.
 
 use std::sync::Arc;
 
@@ -30,12 +31,22 @@ pub struct Window {
     pub continues: bool,
     /// Whether the next window continues this one.
     pub carries: bool,
+    /// Most frames that the decoder's levels take at once, before the last of them doubles
+    /// them: fewer take less memory and give the same bits.
+    pub at_once: usize,
 }
 
 impl Window {
     /// A whole video.
     pub fn whole(frames: usize, height: usize, width: usize) -> Window {
-        Window { frames, height, width, continues: false, carries: false }
+        Window {
+            frames,
+            height,
+            width,
+            continues: false,
+            carries: false,
+            at_once: usize::MAX,
+        }
     }
 }
 
@@ -54,26 +65,64 @@ pub fn record_decoder(config: &VaeConfig, window: Window, dtype: DType) -> Resul
     let (mut r, x) = Recorder::new("latents", &shape, window, config.decoder_groups, dtype);
     let channels: Vec<usize> = config.decoder_channels.iter().rev().copied().collect();
     let x = r.conv("post_quant_conv.conv", x, config.latent_channels, Conv::pointwise())?;
-    let mut x = r.conv("decoder.conv_in.conv", x, channels[0], Conv::same())?;
-    x = r.mid_block("decoder.mid_block", x)?;
-    let last = channels.len() - 1;
-    for (b, &width) in channels.iter().enumerate() {
-        let name = format!("decoder.up_blocks.{b}");
-        for i in 0..config.decoder_resnets[b] {
+    let x = r.conv("decoder.conv_in.conv", x, channels[0], Conv::same())?;
+    let x = r.mid_block("decoder.mid_block", x)?;
+    let before = if window.continues { 0 } else { FACTOR - 1 };
+    let shape = [window.frames * FACTOR - before, window.height * FACTOR, window.width * FACTOR, 3];
+    let video = r.g.empty(&shape, dtype);
+    let mut up = UpBlocks { config, channels, video, done: 0 };
+    up.record(&mut r, 0, x)?;
+    r.g.mark_output("video", video);
+    Ok(r.g)
+}
+
+/// The decoder's levels.
+struct UpBlocks<'a> {
+    config: &'a VaeConfig,
+    channels: Vec<usize>,
+    video: TensorId,
+    /// Frames of `video` that have been recorded.
+    done: usize,
+}
+
+impl UpBlocks<'_> {
+    /// Records level `b` and all levels after it for the frames `x`.
+    fn record(&mut self, r: &mut Recorder, b: usize, mut x: TensorId) -> Result<()> {
+        let (name, width) = (format!("decoder.up_blocks.{b}"), self.channels[b]);
+        for i in 0..self.config.decoder_resnets[b] {
             x = r.resnet(&format!("{name}.resnets.{i}"), x, width)?;
         }
-        if b < last {
-            let space = Conv { shuffle: Shuffle::Space, ..Conv::same() };
-            x = r.conv(&format!("{name}.upsamplers.0.conv.conv"), x, 4 * width, space)?;
-            let shuffle = Shuffle::Time { drop_first: !window.continues };
-            let time = Conv { shuffle, ..Conv::same() };
-            x = r.conv(&format!("{name}.temporal_upsamplers.0.conv.conv"), x, 2 * width, time)?;
+        if b + 1 == self.channels.len() {
+            return self.finish(r, x);
         }
+        let space = Conv { shuffle: Shuffle::Space, ..Conv::same() };
+        x = r.conv(&format!("{name}.upsamplers.0.conv.conv"), x, 4 * width, space)?;
+        let shuffle = Shuffle::Time { drop_first: !r.window.continues };
+        let time = Conv { shuffle, ..Conv::same() };
+        x = r.conv(&format!("{name}.temporal_upsamplers.0.conv.conv"), x, 2 * width, time)?;
+
+        let whole = r.window;
+        let frames = r.g.tensor(x).shape[0];
+        let last = b + 2 == self.channels.len();
+        let piece = if last { frames } else { frames.min(whole.at_once.max(1)) };
+        for start in (0..frames).step_by(piece) {
+            let end = frames.min(start + piece);
+            r.window.continues = whole.continues || start > 0;
+            r.window.carries = whole.carries || end < frames;
+            let part = if piece == frames { x } else { r.g.frames(x, start..end) };
+            self.record(r, b + 1, part)?;
+        }
+        r.window = whole;
+        Ok(())
     }
-    x = r.group_norm("decoder.conv_norm_out", x, true)?;
-    x = r.conv("decoder.conv_out.conv", x, 3, Conv::same())?;
-    r.g.mark_output("video", x);
-    Ok(r.g)
+
+    fn finish(&mut self, r: &mut Recorder, x: TensorId) -> Result<()> {
+        let x = r.group_norm("decoder.conv_norm_out", x, true)?;
+        let end = self.done + r.g.tensor(x).shape[0];
+        let place = r.g.frames(self.video, self.done..end);
+        self.done = end;
+        r.conv_into("decoder.conv_out.conv", x, 3, Conv::same(), place)
+    }
 }
 
 /// Records the encoder: input `video` `[t, h, w, 3]` in −1 … 1, output `moments`
@@ -162,6 +211,29 @@ impl Recorder {
     }
 
     fn conv(&mut self, name: &str, x: TensorId, outputs: usize, how: Conv) -> Result<TensorId> {
+        let (spec, inputs) = self.spec(name, x, outputs, how);
+        self.g.conv3d(spec, &inputs, self.window.carries || self.window.continues)
+    }
+
+    fn conv_into(
+        &mut self,
+        name: &str,
+        x: TensorId,
+        outputs: usize,
+        how: Conv,
+        place: TensorId,
+    ) -> Result<()> {
+        let (spec, inputs) = self.spec(name, x, outputs, how);
+        self.g.conv3d_into(spec, &inputs, self.window.carries || self.window.continues, place)
+    }
+
+    fn spec(
+        &mut self,
+        name: &str,
+        x: TensorId,
+        outputs: usize,
+        how: Conv,
+    ) -> (ConvSpec, Vec<TensorId>) {
         self.g.scope(name);
         let k = how.kernel;
         let shape = [outputs, self.channels(x), k, k, k];
@@ -174,9 +246,7 @@ impl Recorder {
             residual: how.residual.is_some(),
             continues: self.window.continues,
         };
-        let inputs: Vec<TensorId> = [x].into_iter().chain(how.residual).collect();
-        let carry = self.window.carries || self.window.continues;
-        self.g.conv3d(spec, &inputs, carry)
+        (spec, [x].into_iter().chain(how.residual).collect())
     }
 
     fn group_norm(&mut self, name: &str, x: TensorId, silu: bool) -> Result<TensorId> {
@@ -188,14 +258,15 @@ impl Recorder {
     }
 
     fn resnet(&mut self, name: &str, x: TensorId, outputs: usize) -> Result<TensorId> {
-        let n = self.group_norm(&format!("{name}.norm1"), x, true)?;
-        let hidden = self.conv(&format!("{name}.conv1.conv"), n, outputs, Conv::same())?;
-        let n = self.group_norm(&format!("{name}.norm2"), hidden, true)?;
+        // First, so that the norm may take the place of x.
         let skip = if self.channels(x) == outputs {
             x
         } else {
             self.conv(&format!("{name}.conv_shortcut.conv"), x, outputs, Conv::pointwise())?
         };
+        let n = self.group_norm(&format!("{name}.norm1"), x, true)?;
+        let hidden = self.conv(&format!("{name}.conv1.conv"), n, outputs, Conv::same())?;
+        let n = self.group_norm(&format!("{name}.norm2"), hidden, true)?;
         let second = Conv { residual: Some(skip), ..Conv::same() };
         self.conv(&format!("{name}.conv2.conv"), n, outputs, second)
     }

@@ -173,6 +173,7 @@ fn decode(
         width: shape.width,
         continues,
         carries: latents.len() > 1,
+        at_once: usize::MAX,
     };
     let graphs =
         [false, true].map(|continues| record_decoder(&networks.vae, window(continues), dtype));

@@ -191,6 +191,7 @@ pub fn plan(
         width: settings.width,
         continues,
         carries,
+        at_once: usize::MAX,
     };
     let mut phases = vec![text];
     if request.image.is_some() {

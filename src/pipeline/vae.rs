@@ -107,7 +107,7 @@ impl<'a> Vae<'a> {
         carries: bool,
     ) -> Result<(GraphId, TensorId)> {
         let &Volume { frames, height, width, .. } = input;
-        let window = Window { frames, height, width, continues, carries };
+        let window = Window { frames, height, width, continues, carries, at_once: usize::MAX };
         let graph = match self.plans.get(&(decode, window)) {
             Some(&graph) => graph,
             None => {
