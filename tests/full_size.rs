@@ -141,7 +141,7 @@ impl Network<'_> {
             Component::T5 => {
                 let (_, mask) = self.golden.tensor("mask");
                 let ids = &self.ids()[..mask.iter().filter(|m| **m != 0.0).count()];
-                let graph = t5::record(self.checkpoint.t5()?, ids.len(), self.dtype)?;
+                let graph = t5::record(self.checkpoint.t5()?, &[ids.len()], self.dtype)?;
                 self.run(graph, &[("ids", Input::Ids(ids))], "embeds")?
             }
             Component::ClipL | Component::ClipG => {

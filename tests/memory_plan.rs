@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use pyraflow::checkpoint::Family;
 use pyraflow::exec::{Backend, Cpu};
-use pyraflow::graph::{Activation, Epilogue, Graph, Op, Plan, TensorId};
+use pyraflow::graph::{Activation, Epilogue, Graph, Op, Plan, Residency, TensorId};
 use pyraflow::models::dit::{Clip, Geometry, StepOutput};
 use pyraflow::models::vae::{Window, record_decoder};
 use pyraflow::pipeline::{Networks, record_step};
@@ -150,9 +150,9 @@ proptest! {
     #[test]
     fn plans_of_random_graphs(rows in 1usize..40, choices in choices()) {
         let (g, outputs) = record(rows, &choices);
-        let plan = Cpu::new().plan(&g);
+        let plan = Cpu::new().plan(&g, &Residency::default());
         check_no_overlap(&g, &plan);
-        let apart = Cpu::new().unshared().plan(&g);
+        let apart = Cpu::new().unshared().plan(&g, &Residency::default());
         // Each placement is padded to the alignment, the last one excepted.
         let padded = apart.arena_bytes().next_multiple_of(Plan::ALIGNMENT);
         prop_assert!(plan.arena_bytes() <= padded);
@@ -177,8 +177,7 @@ fn real_graphs(family: Family) -> Vec<Graph> {
         separate_latents: false,
     };
     let step = record_step(&networks.transformer, &geometry, StepOutput::EulerStep, DType::Bf16);
-    let window =
-        Window { continues: true, carries: true, ..Window::whole(1, 96, 160) };
+    let window = Window { continues: true, carries: true, ..Window::whole(1, 96, 160) };
     let decoder = record_decoder(&networks.vae, window, DType::Bf16);
     vec![step.expect("graph"), decoder.expect("graph")]
 }

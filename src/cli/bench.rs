@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use pyraflow::checkpoint::{Checkpoint, StoreOptions};
 use pyraflow::exec::cuda::probe;
-use pyraflow::pipeline::{Measured, PhaseTime, Request, measure};
+use pyraflow::exec::{Backend, Cpu};
+use pyraflow::pipeline::{Measured, PhaseTime, Quiet, Request, Weights, measure, random_weights};
 use pyraflow::{Error, Result};
 use serde_json::json;
 
-use super::args::VideoArgs;
-use super::device::{Device, open_backend};
+use super::args::{VideoArgs, choose_variant};
+use super::device::{ByteSize, Device, open_gpu, rate};
 use super::plan::networks;
 
 /// Arguments of `bench`.
@@ -30,6 +32,18 @@ pub struct Args {
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: Device,
 
+    /// Read the weights of the checkpoint folder, instead of using random ones
+    #[arg(long)]
+    weights: bool,
+
+    /// Most memory of the GPU to use, such as 8G
+    #[arg(long, value_name = "SIZE")]
+    max_vram: Option<ByteSize>,
+
+    /// Slow copies between host and GPU down to so many GB/s each way, as a slower bus would
+    #[arg(long, value_name = "GB/S", value_parser = rate)]
+    link: Option<f64>,
+
     /// Write the results to this file as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -43,16 +57,26 @@ pub fn run(args: &Args) -> Result<()> {
     let (networks, family, variant) = networks(&args.model, args.variant.as_deref(), &args.video)?;
     let mut request = Request::published(family, variant, &args.video.prompt()?, None);
     args.video.apply(&mut request)?;
-    let backend = open_backend(args.device)?;
+    let backend = backend(args)?;
     super::say(&format!(
-        "{family}, {}x{}, {} latent frames, random weights, on {}",
+        "{family}, {}x{}, {} latent frames, {} weights, on {}",
         request.width,
         request.height,
         request.units,
+        if args.weights { "the checkpoint's" } else { "random" },
         backend.description()
     ));
     super::say(&phase_line("phase", "seconds", "loading", "TFLOP/s", "memory GiB"));
-    let measured = measure(&networks, &request, &*backend, |phase| super::say(&line_of(phase)))?;
+    let done = |phase: &PhaseTime| super::say(&line_of(phase));
+    let measured = if args.weights {
+        let by_size = args.video.variant_of_size();
+        let variant = choose_variant(&args.model, args.variant.as_deref(), by_size);
+        let checkpoint = Checkpoint::open(&args.model, variant.as_deref())?;
+        let weights = Weights::open(&checkpoint, &StoreOptions::default(), &mut Quiet)?;
+        measure(&networks, &|component| weights.get(component), &request, &*backend, done)?
+    } else {
+        measure(&networks, &random_weights(&networks), &request, &*backend, done)?
+    };
     super::print(&table(&measured))?;
     let Some(path) = &args.json else { return Ok(()) };
     let report = json!({
@@ -65,12 +89,27 @@ pub fn run(args: &Args) -> Result<()> {
         "width": request.width,
         "height": request.height,
         "units": request.units,
+        "weights": if args.weights { "checkpoint" } else { "random" },
+        "max_vram": args.max_vram.map(|size| size.0),
+        "link_gbytes_per_second": args.link,
         "steps": request.steps,
         "video_steps": request.video_steps,
         "guidance": request.guidance,
         "measured": measured,
     });
     std::fs::write(path, format!("{report:#}\n")).map_err(|e| Error::io("cannot write", path, e))
+}
+
+/// The device, with at most the memory and on a bus as slow as asked for.
+fn backend(args: &Args) -> Result<Box<dyn Backend>> {
+    let Some(mut gpu) = open_gpu(args.device)? else { return Ok(Box::new(Cpu::new())) };
+    if let Some(ByteSize(bytes)) = args.max_vram {
+        gpu = gpu.limited(bytes);
+    }
+    if let Some(link) = args.link {
+        gpu = gpu.with_link(link * 1e9)?;
+    }
+    Ok(Box::new(gpu))
 }
 
 fn phase_line(name: &str, seconds: &str, loading: &str, rate: &str, memory: &str) -> String {

@@ -38,14 +38,58 @@ impl FromStr for Device {
     }
 }
 
-/// Opens the device.
+/// An amount of memory as typed: bytes, or with K, M or G for KiB, MiB or GiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByteSize(pub u64);
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ByteSize, String> {
+        let upper = text.trim().to_ascii_uppercase();
+        let upper = upper.strip_suffix("IB").or(upper.strip_suffix('B')).unwrap_or(&upper);
+        let (number, shift) = match upper.char_indices().last() {
+            Some((at, 'K')) => (&upper[..at], 10),
+            Some((at, 'M')) => (&upper[..at], 20),
+            Some((at, 'G')) => (&upper[..at], 30),
+            _ => (upper, 0),
+        };
+        let plain = |c: char| c.is_ascii_digit() || c == '.';
+        let value = number.trim().parse::<f64>().ok().filter(|_| number.trim().chars().all(plain));
+        let bytes = value.map(|v| v * (1u64 << shift) as f64).filter(|&b| (1.0..1e18).contains(&b));
+        let bytes = bytes.ok_or("expected an amount of memory such as 8G, 7.5G or 900M")?;
+        Ok(ByteSize(bytes as u64))
+    }
+}
+
+/// A positive rate as typed.
+pub fn rate(text: &str) -> Result<f64, String> {
+    let value = text.parse::<f64>().ok().filter(|v| v.is_finite() && *v > 0.0);
+    value.ok_or_else(|| "expected a number above zero".into())
+}
+
+/// Opens the device. Of a GPU's memory at most `max_vram` is used.
 ///
 /// # Errors
 /// [`pyraflow::ErrorKind::Device`] if it cannot be used; [`Device::Auto`] takes the CPU where
 /// no GPU can be, and says why if there is one.
-pub fn open_backend(device: Device) -> Result<Box<dyn Backend>> {
+pub fn open_backend(device: Device, max_vram: Option<ByteSize>) -> Result<Box<dyn Backend>> {
+    match open_gpu(device)? {
+        None => Ok(Box::new(Cpu::new())),
+        Some(gpu) => Ok(Box::new(match max_vram {
+            Some(ByteSize(bytes)) => gpu.limited(bytes),
+            None => gpu,
+        })),
+    }
+}
+
+/// The GPU of `device`, or `None` for the CPU.
+///
+/// # Errors
+/// As [`open_backend`].
+pub fn open_gpu(device: Device) -> Result<Option<Cuda>> {
     let index = match device {
-        Device::Cpu => return Ok(Box::new(Cpu::new())),
+        Device::Cpu => return Ok(None),
         Device::Cuda(index) => index,
         Device::Auto => {
             let found = probe::probe();
@@ -53,17 +97,35 @@ pub fn open_backend(device: Device) -> Result<Box<dyn Backend>> {
                 if !found.gpus.is_empty() {
                     super::say(&format!("warning: using the CPU, since {error}"));
                 }
-                return Ok(Box::new(Cpu::new()));
+                return Ok(None);
             }
             None
         }
     };
-    Ok(Box::new(Cuda::open(index)?))
+    Cuda::open(index).map(Some)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn amounts_of_memory_are_read() {
+        for (text, bytes) in [
+            ("8G", 8 << 30),
+            ("7.5g", 15 << 29),
+            ("900M", 900 << 20),
+            ("12GiB", 12 << 30),
+            ("6 GB", 6 << 30),
+            ("4096", 4096),
+            ("1K", 1024),
+        ] {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+        for text in ["", "G", "-8G", "+8G", "8T", "1e3G", "nan", "inf", "0", "0G", "8 8G"] {
+            assert!(text.parse::<ByteSize>().is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn devices_are_read() {

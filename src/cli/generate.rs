@@ -9,7 +9,7 @@ use pyraflow::pipeline::{Output, Pipeline, Request};
 use pyraflow::{Error, Result};
 
 use super::args::{VideoArgs, choose_variant};
-use super::device::{Device, open_backend};
+use super::device::{ByteSize, Device, open_backend};
 use super::progress::{Console, Mode};
 
 /// Arguments of `generate`.
@@ -49,6 +49,11 @@ pub struct Args {
     /// Where to run: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: Device,
+
+    /// Most memory of the GPU to use, such as 8G; weights and decoded frames come and go where
+    /// they do not fit [default: what is free]
+    #[arg(long, value_name = "SIZE", env = "PYRAFLOW_MAX_VRAM")]
+    max_vram: Option<ByteSize>,
 
     /// CPU threads [default: all]
     #[arg(long, value_name = "N")]
@@ -106,7 +111,7 @@ pub fn run(args: Args) -> Result<()> {
     let (_, spec) = request.resolve()?;
     request.check_positions(checkpoint.transformer())?;
     pyraflow::media::check_target(&output.target, &spec, output.overwrite)?;
-    let backend = open_backend(args.device)?;
+    let backend = open_backend(args.device, args.max_vram)?;
 
     let mode = match (args.json, args.quiet) {
         (true, _) => Mode::Json,

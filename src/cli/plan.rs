@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use pyraflow::checkpoint::{Checkpoint, Family, Variant};
-use pyraflow::exec::Cpu;
-use pyraflow::pipeline::{Networks, PhasePlan, Request, plan};
+use pyraflow::exec::{CONTEXT_BYTES, Cpu, ImaginedGpu};
+use pyraflow::pipeline::{Machine, Networks, PhasePlan, Request, plan};
 use pyraflow::{Error, Result};
 use serde_json::json;
 
 use super::args::{VideoArgs, choose_variant};
+use super::device::{ByteSize, rate};
 
 /// Arguments of `plan`.
 #[derive(Debug, clap::Args)]
@@ -25,6 +26,22 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
 
+    /// Plan for a GPU of which so much memory may be used, such as 8G, instead of the CPU
+    #[arg(long, value_name = "SIZE")]
+    max_vram: Option<ByteSize>,
+
+    /// For the times: GB/s between host and GPU, each way (PCIe 4.0 x16 gives about 25)
+    #[arg(long, value_name = "GB/S", value_parser = rate, default_value = "25")]
+    link: f64,
+
+    /// For the times: TFLOP/s of bf16 matrix products that the GPU reaches
+    #[arg(long, value_name = "TFLOP/S", value_parser = rate, default_value = "60")]
+    tflops: f64,
+
+    /// For the times: GB/s of the GPU's memory
+    #[arg(long, value_name = "GB/S", value_parser = rate, default_value = "400")]
+    bandwidth: f64,
+
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -36,7 +53,10 @@ pub fn run(args: &Args) -> Result<()> {
     let image = args.video.first_image();
     let mut request = Request::published(family, variant, &args.video.prompt()?, image);
     args.video.apply(&mut request)?;
-    let phases = plan(&networks, &request, &Cpu::new())?;
+    if let Some(ByteSize(limit)) = args.max_vram {
+        return for_gpu(args, &networks, &request, limit);
+    }
+    let phases = plan(&networks, &request, &Cpu::new(), None)?;
     super::print(&if args.json {
         let plan = json!({
             "width": request.width, "height": request.height, "units": request.units,
@@ -45,6 +65,37 @@ pub fn run(args: &Args) -> Result<()> {
         format!("{plan:#}\n")
     } else {
         table(&request, &phases)
+    })
+}
+
+/// Shows what a run takes on a GPU of which `limit` bytes may be used.
+fn for_gpu(args: &Args, networks: &Networks, request: &Request, limit: u64) -> Result<()> {
+    let machine =
+        Machine { flops: args.tflops * 1e12, memory: args.bandwidth * 1e9, link: args.link * 1e9 };
+    let most = |phases: &[PhasePlan]| phases.iter().map(|p| p.device_bytes).max().unwrap_or(0);
+    // What is planned for no memory at all is the smallest there is.
+    let smallest = plan(networks, request, &ImaginedGpu { memory: 0 }, None)?;
+    let smallest = CONTEXT_BYTES + most(&smallest);
+    if smallest > limit {
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        let error = Error::memory(format!("{:.2} GiB of GPU memory are too little", gib(limit)));
+        return Err(error.hint(format!(
+            "the smallest --max-vram for this video is {:.2}G; a smaller or shorter one, or \
+             --tile, takes less",
+            (gib(smallest) * 100.0).ceil() / 100.0
+        )));
+    }
+    let gpu = ImaginedGpu { memory: limit - CONTEXT_BYTES };
+    let phases = plan(networks, request, &gpu, Some(&machine))?;
+    super::print(&if args.json {
+        let plan = json!({
+            "width": request.width, "height": request.height, "units": request.units,
+            "max_vram": limit, "context_bytes": CONTEXT_BYTES, "smallest_max_vram": smallest,
+            "machine": machine, "phases": phases,
+        });
+        format!("{plan:#}\n")
+    } else {
+        gpu_table(request, &phases, &machine, smallest)
     })
 }
 
@@ -83,6 +134,47 @@ fn published(name: &str) -> Option<(Family, Variant)> {
         Variant::P384 | Variant::P768 => true,
     };
     exists.then_some((family, variant))
+}
+
+fn gpu_table(request: &Request, phases: &[PhasePlan], machine: &Machine, smallest: u64) -> String {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let mut text = format!(
+        "{}x{}, {} latent frames; times for {} GB/s between host and GPU, {} TFLOP/s, {} GB/s of \
+         GPU memory\n\n{:<10}{:>12}{:>14}{:>12}{:>14}{:>12}{:>12}\n",
+        request.width,
+        request.height,
+        request.units,
+        machine.link / 1e9,
+        machine.flops / 1e12,
+        machine.memory / 1e9,
+        "phase",
+        "GPU GiB",
+        "weights GiB",
+        "pinned GiB",
+        "streamed GiB",
+        "seconds",
+        "slow-down"
+    );
+    for phase in phases {
+        let predicted = phase.predicted.unwrap_or_default();
+        text += &format!(
+            "{:<10}{:>12.2}{:>14.2}{:>12.2}{:>14.1}{:>12.1}{:>12.2}\n",
+            phase.name,
+            gib(CONTEXT_BYTES + phase.device_bytes),
+            gib(phase.resident_bytes),
+            gib(phase.pinned_bytes),
+            gib(phase.streamed_bytes),
+            predicted.seconds,
+            predicted.seconds / predicted.resident_seconds.max(f64::MIN_POSITIVE)
+        );
+    }
+    text + &format!(
+        "\nGPU: peak, with {:.2} GiB for the driver's context; weights: those that stay on the \
+         GPU;\npinned: page-locked host memory; streamed: from the host over the whole phase;\n\
+         slow-down: against a GPU with room for everything. The smallest --max-vram is {:.2}G.\n",
+        gib(CONTEXT_BYTES),
+        (gib(smallest) * 100.0).ceil() / 100.0
+    )
 }
 
 fn table(request: &Request, phases: &[PhasePlan]) -> String {

@@ -6,13 +6,15 @@
 
 mod cpu;
 pub mod cuda;
+mod imagined;
 
 pub use cpu::{Cpu, Operand, available_memory, gemm_into, total_memory};
-pub use cuda::Cuda;
+pub use cuda::{CONTEXT_BYTES, Cuda};
+pub use imagined::ImaginedGpu;
 
 use std::sync::Arc;
 
-use crate::graph::{Graph, Plan, Role, Tensor, TensorId};
+use crate::graph::{Graph, Plan, Residency, Role, Tensor, TensorId};
 use crate::tensor::{DType, WeightSource};
 use crate::{Error, Result};
 
@@ -28,7 +30,7 @@ pub trait Backend: Send + Sync {
     fn activations(&self) -> DType;
 
     /// Plans `graph` for this device, without touching it.
-    fn plan(&self, graph: &Graph) -> Plan;
+    fn plan(&self, graph: &Graph, residency: &Residency) -> Plan;
 
     /// Memory that can still be had for tensors and weights, in bytes, where it is known.
     fn free_memory(&self) -> Option<u64>;
@@ -37,11 +39,24 @@ pub trait Backend: Send + Sync {
     /// in the mapped files).
     fn copies_weights(&self) -> bool;
 
-    /// Opens a session on the weights of one component.
+    /// Opens a session on the weights of one component, all of which stay on the device.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Device`] or [`crate::ErrorKind::Memory`] when the device refuses.
-    fn open(&self, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>>;
+    fn open(&self, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>> {
+        self.open_with(weights, &Residency::default())
+    }
+
+    /// Opens a session that keeps on the device what `residency` says, where the device has
+    /// memory of its own. The results are the same to the bit.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    fn open_with(
+        &self,
+        weights: Arc<dyn WeightSource>,
+        residency: &Residency,
+    ) -> Result<Box<dyn Session>>;
 }
 
 /// Names a graph of one session.

@@ -210,6 +210,11 @@ impl Graph {
         self.nodes.iter().map(|n| n.op.flops(self, n)).sum()
     }
 
+    /// Whether node `index` reads frames that were carried to it.
+    pub fn continues(&self, index: usize) -> bool {
+        matches!(&self.nodes[index].op, Op::Conv3d(spec) if spec.continues)
+    }
+
     /// Bytes of all weights the graph reads, at `bytes_per_element`.
     pub fn weight_bytes(&self, bytes_per_element: usize) -> u64 {
         let elements: u64 =

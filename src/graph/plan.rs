@@ -79,11 +79,7 @@ impl Plan {
 
     /// Plans `graph` with places for what `residency` does not keep in device memory. Weights
     /// are stored in bf16.
-    pub fn staged(
-        graph: &Graph,
-        storage: impl Fn(DType) -> usize,
-        residency: &Residency,
-    ) -> Plan {
+    pub fn staged(graph: &Graph, storage: impl Fn(DType) -> usize, residency: &Residency) -> Plan {
         Self::with(graph, storage, residency, true)
     }
 
@@ -191,9 +187,8 @@ fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u6
     let mut staged = Vec::new();
     for (node, recorded) in graph.nodes().iter().enumerate() {
         let item = |what, bytes| Staged { node, what, offset: 0, bytes, nodes: node..node + 1 };
-        let elements = |w: &super::WeightId| {
-            graph.weights()[w.index()].shape.iter().product::<usize>() as u64
-        };
+        let elements =
+            |w: &super::WeightId| graph.weights()[w.index()].shape.iter().product::<usize>() as u64;
         let streamed = residency.streamed(graph, recorded);
         if !streamed.is_empty() {
             let bytes = streamed.iter().map(elements).sum::<u64>() * DType::Bf16.bytes() as u64;

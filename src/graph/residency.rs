@@ -35,6 +35,11 @@ impl Residency {
         if first.is_some_and(|name| self.streamed.contains(name)) { matrices } else { Vec::new() }
     }
 
+    /// Whether the matrices that begin with the one called `name` are streamed.
+    pub fn streams(&self, name: &str) -> bool {
+        self.streamed.contains(name)
+    }
+
     /// Whether the state called `name` is kept on the host.
     pub fn hosts(&self, name: &str) -> bool {
         self.hosted.contains(name)

@@ -1,18 +1,30 @@
 //! The T5 v1.1 encoder (Raffel et al., arXiv 1910.10683; gated GELU after arXiv
 //! 2002.05202): pre-norm blocks without biases, relative positions shared by all blocks.
 
+use std::sync::Arc;
+
 use super::{ExpectedWeight, collect_weights};
 use crate::Result;
 use crate::checkpoint::T5Config;
 use crate::graph::{AttentionSpec, Epilogue, Graph, Op, RelativeBias, Segment, TensorId};
 use crate::tensor::DType;
 
-/// Records the encoding of `tokens` ids, padding left out: input `ids`, output `embeds`
-/// `[tokens, width]`.
+/// Records the encoding of prompts of so many ids, padding left out, one after the other:
+/// input `ids` `[tokens]`, output `embeds` `[tokens, width]`.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Model`] when shapes do not fit.
-pub fn record(config: &T5Config, tokens: usize, dtype: DType) -> Result<Graph> {
+pub fn record(config: &T5Config, lengths: &[usize], dtype: DType) -> Result<Graph> {
+    let tokens = lengths.iter().sum();
+    let mut start = 0;
+    let segments: Arc<[Segment]> = lengths
+        .iter()
+        .map(|&length| {
+            let prompt = start..start + length;
+            start = prompt.end;
+            Segment { queries: prompt.clone(), keys: vec![prompt] }
+        })
+        .collect();
     let mut g = Graph::new();
     g.scope("shared");
     let ids = g.input("ids", &[tokens], DType::U32);
@@ -21,7 +33,7 @@ pub fn record(config: &T5Config, tokens: usize, dtype: DType) -> Result<Graph> {
     for i in 0..config.layers {
         let name = format!("encoder.block.{i}");
         let first = g.open_block(&name);
-        attention(&mut g, config, &format!("{name}.layer.0"), x)?;
+        attention(&mut g, config, &format!("{name}.layer.0"), x, &segments)?;
         feed_forward(&mut g, config, &format!("{name}.layer.1"), x)?;
         g.close_block(&name, first);
     }
@@ -36,7 +48,7 @@ pub fn record(config: &T5Config, tokens: usize, dtype: DType) -> Result<Graph> {
 /// # Errors
 /// [`crate::ErrorKind::Model`] when the configuration contradicts itself.
 pub fn expected_weights(config: &T5Config) -> Result<Vec<ExpectedWeight>> {
-    Ok(collect_weights(&[record(config, 1, DType::F32)?]))
+    Ok(collect_weights(&[record(config, &[1], DType::F32)?]))
 }
 
 fn rms_norm(g: &mut Graph, config: &T5Config, name: &str, x: TensorId) -> Result<TensorId> {
@@ -58,8 +70,14 @@ fn project(g: &mut Graph, names: &[String], outputs: usize, x: TensorId) -> Resu
     g.push(Op::Linear { parts, epilogue: Epilogue::Store }, &[x])
 }
 
-fn attention(g: &mut Graph, config: &T5Config, name: &str, x: TensorId) -> Result<()> {
-    let (tokens, inner) = (g.tensor(x).rows(), config.heads * config.head_dim);
+fn attention(
+    g: &mut Graph,
+    config: &T5Config,
+    name: &str,
+    x: TensorId,
+    segments: &Arc<[Segment]>,
+) -> Result<()> {
+    let inner = config.heads * config.head_dim;
     let n = rms_norm(g, config, &format!("{name}.layer_norm"), x)?;
     let qkv = ["q", "k", "v"].map(|p| format!("{name}.SelfAttention.{p}"));
     let qkv = project(g, &qkv, inner, n)?;
@@ -72,8 +90,7 @@ fn attention(g: &mut Graph, config: &T5Config, name: &str, x: TensorId) -> Resul
     let spec = AttentionSpec {
         heads: config.heads,
         scale: 1.0,
-        segments: [Segment { queries: 0..tokens, keys: std::iter::once(0..tokens).collect() }]
-            .into(),
+        segments: segments.clone(),
         causal: false,
         relative_bias: Some(RelativeBias { table, buckets, max_distance }),
     };

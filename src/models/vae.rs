@@ -39,14 +39,7 @@ pub struct Window {
 impl Window {
     /// A whole video.
     pub fn whole(frames: usize, height: usize, width: usize) -> Window {
-        Window {
-            frames,
-            height,
-            width,
-            continues: false,
-            carries: false,
-            at_once: usize::MAX,
-        }
+        Window { frames, height, width, continues: false, carries: false, at_once: usize::MAX }
     }
 }
 

@@ -233,18 +233,18 @@ impl Pipeline {
 
     /// Refuses what cannot fit into the device's memory.
     fn check_memory(&self, request: &Request) -> Result<()> {
-        let phases = plan(&super::Networks::of(self.checkpoint())?, request, self.backend())?;
-        let copied = |p: &super::PhasePlan| match self.backend().copies_weights() {
-            true => p.weight_bytes,
-            false => 0,
+        let networks = super::Networks::of(self.checkpoint())?;
+        let phases = plan(&networks, request, self.backend(), None)?;
+        let need = |p: &super::PhasePlan| match self.backend().copies_weights() {
+            true => p.device_bytes,
+            false => p.memory_bytes(),
         };
-        let need = |p: &super::PhasePlan| p.memory_bytes() + copied(p);
         let Some(largest) = phases.iter().max_by_key(|p| need(p)) else { return Ok(()) };
         match self.backend().free_memory() {
             Some(available) if need(largest) > available => {
                 let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
                 Err(Error::memory(format!(
-                    "{} needs {:.1} GiB, {:.1} GiB are free",
+                    "{} needs {:.2} GiB at least, {:.2} GiB can be had",
                     largest.name,
                     gib(need(largest)),
                     gib(available)

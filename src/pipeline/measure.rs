@@ -1,5 +1,5 @@
-//! Runs of the published sizes without their files: random weights, the real way through,
-//! timed phase by phase, and what each kind of op takes of it.
+//! Runs that are timed phase by phase, and what each kind of op takes of them: the real way
+//! through, with a checkpoint's weights or with random ones of the published sizes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -8,12 +8,14 @@ use std::time::Instant;
 use half::bf16;
 use serde::Serialize;
 
-use super::plan::Networks;
+use super::memory::{Once, stream_weights};
+use super::plan::{fit_decoder, fit_transformer};
 use super::prompts::EncodedPrompt;
 use super::transformer::{Transformer, geometry, record_step};
 use super::vae::Vae;
-use super::{Request, transformer};
+use super::{Networks, Request, transformer};
 use crate::Result;
+use crate::checkpoint::Component;
 use crate::exec::{Backend, Session};
 use crate::graph::Graph;
 use crate::models::dit::StepOutput;
@@ -66,13 +68,17 @@ pub struct Measured {
     pub ops: Vec<OpTime>,
 }
 
-/// Generates what `request` asks for with random weights in networks of the given sizes, and
-/// throws the frames away.
+/// Where the weights of a component come from.
+pub type WeightsOf<'a> = dyn Fn(Component) -> Result<Arc<dyn WeightSource>> + 'a;
+
+/// Generates what `request` asks for and throws the frames away, with prompts of usual length
+/// that are made up.
 ///
 /// # Errors
-/// Those of [`Request::resolve`] and of the backend.
+/// Those of [`Request::resolve`], of the weights and of the backend.
 pub fn measure(
     networks: &Networks,
+    weights: &WeightsOf<'_>,
     request: &Request,
     backend: &dyn Backend,
     mut phase_done: impl FnMut(&PhaseTime),
@@ -84,18 +90,18 @@ pub fn measure(
         phase_done(&phase);
         measured.phases.push(phase);
     };
-    add(&mut measured, text(networks, backend, &used)?);
+    add(&mut measured, text(networks, weights, backend, &used)?);
 
     let (settings, _) = request.resolve()?;
     let samples = if request.guidance > 0.0 { 2 } else { 1 };
     let config = &networks.transformer;
     let prompts: Vec<EncodedPrompt> =
         TEXT_TOKENS[2 - samples..].iter().map(|&tokens| prompt(tokens, networks)).collect();
-    let weights = RandomWeights::of(transformer::expected_weights(config)?);
+    let transformer = weights(Component::Transformer)?;
     let dtype = backend.activations();
 
     let clock = Instant::now();
-    let session = backend.open(weights.clone())?;
+    let session = transformer::open(backend, transformer.clone(), config, &prompts, &settings)?;
     let mut denoiser = Transformer::new(config, session, dtype, &prompts, &settings)?;
     let loading = clock.elapsed().as_secs_f64();
     let clock = Instant::now();
@@ -107,7 +113,8 @@ pub fn measure(
 
     let text_tokens: Vec<usize> = prompts.iter().map(|p| p.tokens).collect();
     let mut flops = 0;
-    let mut session = backend.open(weights)?;
+    let fit = fit_transformer(config, &settings, &text_tokens, backend)?;
+    let mut session = backend.open_with(transformer, &fit.residency)?;
     for unit in settings.first_unit()..settings.units {
         for stage in 0..STAGES {
             let at = settings.stage_geometry(unit, stage)?;
@@ -123,34 +130,36 @@ pub fn measure(
     drop(session);
     let name = "sampling";
     add(&mut measured, PhaseTime { name, seconds, loading, flops, memory });
-    decode(networks, backend, &latents, &used, &mut measured, add)?;
+    decode(networks, weights, backend, &latents, &used, &mut measured, add)?;
     Ok(measured)
 }
 
 fn text(
     networks: &Networks,
+    weights: &WeightsOf<'_>,
     backend: &dyn Backend,
     used: &dyn Fn() -> Option<u64>,
 ) -> Result<PhaseTime> {
     let dtype = backend.activations();
-    let mut encoders =
-        vec![(t5::expected_weights(&networks.t5)?, t5::record(&networks.t5, T5_LENGTH, dtype)?)];
-    for config in &networks.clips {
-        encoders.push((clip::expected_weights(config)?, clip::record(config, CLIP_LENGTH, dtype)?));
+    // Prompt and negative prompt: one after the other, and through T5 together.
+    let both = t5::record(&networks.t5, &[T5_LENGTH; 2], dtype)?;
+    let mut encoders = vec![(Component::T5, both, Once::Everything, 1)];
+    for (component, config) in [Component::ClipL, Component::ClipG].into_iter().zip(&networks.clips)
+    {
+        let graph = clip::record(config, CLIP_LENGTH, dtype)?;
+        encoders.push((component, graph, Once::Nothing, 2));
     }
     let mut phase = PhaseTime { name: "text", seconds: 0.0, loading: 0.0, flops: 0, memory: None };
-    for (expected, graph) in encoders {
-        let flops = graph.flops();
-        let weights = RandomWeights::of(expected);
+    for (component, graph, once, times) in encoders {
+        phase.flops += graph.flops() * times as u64;
+        let weights = weights(component)?;
         let clock = Instant::now();
-        let mut session = backend.open(weights)?;
+        let fit = stream_weights(&[&graph], once, backend);
+        fit.require(backend, "text")?;
+        let mut session = backend.open_with(weights, &fit.residency)?;
         let graph = session.add(graph)?;
         phase.loading += clock.elapsed().as_secs_f64();
-        // Prompt and negative prompt, one after the other.
-        for seconds in session.time(graph, 2)? {
-            phase.seconds += seconds;
-            phase.flops += flops;
-        }
+        phase.seconds += session.time(graph, times)?.iter().sum::<f64>();
         phase.memory = phase.memory.max(used());
     }
     Ok(phase)
@@ -158,6 +167,7 @@ fn text(
 
 fn decode(
     networks: &Networks,
+    weights: &WeightsOf<'_>,
     backend: &dyn Backend,
     latents: &[crate::sampler::Latent],
     used: &dyn Fn() -> Option<u64>,
@@ -165,15 +175,15 @@ fn decode(
     mut add: impl FnMut(&mut Measured, PhaseTime),
 ) -> Result<()> {
     let dtype = backend.activations();
-    let weights = RandomWeights::of(vae::expected_weights(&networks.vae)?);
+    let weights = weights(Component::Vae)?;
     let shape = latents.first().map_or_else(|| unreachable!("a run has units"), |l| l.shape());
+    let fit = fit_decoder(&networks.vae, [shape.height, shape.width], latents.len(), backend)?;
+    fit.require(backend, "decoding")?;
     let window = |continues| Window {
-        frames: 1,
-        height: shape.height,
-        width: shape.width,
         continues,
         carries: latents.len() > 1,
-        at_once: usize::MAX,
+        at_once: fit.at_once,
+        ..Window::whole(1, shape.height, shape.width)
     };
     let graphs =
         [false, true].map(|continues| record_decoder(&networks.vae, window(continues), dtype));
@@ -181,11 +191,11 @@ fn decode(
     let (first, next) = (first?, next?);
     let flops = first.flops() + next.flops() * (latents.len() as u64 - 1);
     let clock = Instant::now();
-    let mut session = backend.open(weights.clone())?;
+    let mut session = backend.open_with(weights.clone(), &fit.residency)?;
     measured.ops.extend(profile(&mut *session, "decoding one latent".into(), next)?);
     drop(session);
 
-    let mut decoder = Vae::new(backend, &networks.vae, weights)?;
+    let mut decoder = Vae::new(backend, &networks.vae, weights);
     // Weights and plans come with the first windows.
     decoder.decode(&latents[..latents.len().min(2)], None, |_| Ok(()))?;
     let loading = clock.elapsed().as_secs_f64();
@@ -247,8 +257,26 @@ fn random_values(seed: u64) -> impl Iterator<Item = f32> {
     })
 }
 
-/// Weights of given names and shapes that all show the same random values: as heavy to load
-/// and to multiply with as real ones, and no larger than the largest of them.
+/// Random weights for all networks: as heavy to multiply with as real ones.
+pub fn random_weights(networks: &Networks) -> impl Fn(Component) -> Result<Arc<dyn WeightSource>> {
+    move |component| {
+        let expected = match component {
+            Component::Transformer => transformer::expected_weights(&networks.transformer)?,
+            Component::Vae => vae::expected_weights(&networks.vae)?,
+            Component::T5 => t5::expected_weights(&networks.t5)?,
+            Component::ClipL | Component::ClipG => {
+                let index = usize::from(component == Component::ClipG);
+                let found = networks.clips.get(index);
+                let missing = || crate::Error::model(format!("the networks have no {component}"));
+                clip::expected_weights(found.ok_or_else(missing)?)?
+            }
+        };
+        Ok(RandomWeights::of(expected))
+    }
+}
+
+/// Weights of given names and shapes that all show the same random values, so that they take
+/// no more memory than the largest of them.
 struct RandomWeights {
     shapes: HashMap<String, Vec<usize>>,
     bytes: Vec<u8>,

@@ -19,8 +19,11 @@
 mod entrance;
 mod generate;
 mod measure;
+mod memory;
 mod modulation;
+mod networks;
 mod plan;
+mod predict;
 mod progress;
 mod prompts;
 mod request;
@@ -34,8 +37,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use generate::{Output, Timings};
-pub use measure::{Measured, OpTime, PhaseTime, measure};
-pub use plan::{Networks, PhasePlan, plan};
+pub use measure::{Measured, OpTime, PhaseTime, WeightsOf, measure, random_weights};
+pub use networks::Networks;
+pub use plan::{PhasePlan, plan};
+pub use predict::{Machine, Predicted};
 pub use progress::{Event, Phase, Quiet, Reporter};
 pub use prompts::{EncodedPrompt, PromptTokens, Tokenizers};
 pub use request::{
@@ -68,7 +73,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`crate::ErrorKind::Model`] listing what is missing, unexpected or wrongly shaped.
-    fn open(
+    pub fn open(
         checkpoint: &Checkpoint,
         store: &StoreOptions,
         reporter: &mut dyn Reporter,
@@ -195,12 +200,13 @@ impl Pipeline {
         })
     }
 
-    /// Opens the VAE.
+    /// The VAE.
     ///
     /// # Errors
     /// Those of the backend.
     pub fn vae(&self) -> Result<Vae<'_>> {
-        Vae::new(&*self.backend, self.checkpoint.vae()?, self.weights.get(Component::Vae)?)
+        let weights = self.weights.get(Component::Vae)?;
+        Ok(Vae::new(&*self.backend, self.checkpoint.vae()?, weights))
     }
 
     /// Encodes the first image (of the size of the video, −1 … 1) to the latent of unit 0:
@@ -236,10 +242,16 @@ impl Pipeline {
         reporter: &mut dyn Reporter,
     ) -> Result<Vec<Latent>> {
         let (settings, _) = request.resolve()?;
-        let session = self.backend.open(self.weights.get(Component::Transformer)?)?;
         let dtype = self.backend.activations();
         let config = self.checkpoint.transformer();
         let mut watch = Watch::new(&settings, finished.len(), prompts, saved, reporter)?;
+        let session = transformer::open(
+            &*self.backend,
+            self.weights.get(Component::Transformer)?,
+            config,
+            prompts,
+            &settings,
+        )?;
         let mut denoiser = Transformer::new(config, session, dtype, prompts, &settings)?;
         sample(&settings, finished, &mut denoiser, noise, &mut watch)
     }

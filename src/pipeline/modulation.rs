@@ -11,8 +11,9 @@ use crate::graph::{Graph, TensorId};
 use crate::sampler::{STAGES, SamplerRequest};
 use crate::tensor::DType;
 
-/// Timesteps whose vectors are computed in one run of their graph.
-const TIMESTEPS_PER_RUN: usize = 16;
+/// Timesteps whose vectors are computed in one run of their graph: those of every usual run,
+/// so that the weights are needed once.
+const TIMESTEPS_PER_RUN: usize = 256;
 
 /// Every timestep of a run, once, rising.
 ///

@@ -1,149 +1,49 @@
-//! What a run takes, from configurations alone: memory and arithmetic of each phase.
+//! What a run takes, from configurations alone: memory, arithmetic and traffic of each phase.
 
 use serde::Serialize;
 
-use super::Request;
-use super::modulation;
+use super::memory::{Fit, Once, stream_states, stream_weights};
+use super::predict::{Machine, Predicted, predict};
 use super::transformer::{geometry, record_step};
+use super::{Networks, Request, modulation};
 use crate::Result;
-use crate::checkpoint::{
-    Checkpoint, ClipActivation, ClipConfig, Family, FluxConfig, MmditConfig, T5Config,
-    TransformerConfig, VaeConfig,
-};
+use crate::checkpoint::{TransformerConfig, VaeConfig};
 use crate::exec::Backend;
-use crate::graph::Graph;
+use crate::graph::{Graph, StagedWhat};
 use crate::models::dit::StepOutput;
 use crate::models::vae::{Window, record_decoder, record_encoder};
 use crate::models::{clip, t5};
-use crate::sampler::STAGES;
+use crate::sampler::{STAGES, SamplerRequest};
 use crate::tensor::DType;
 use crate::text::{CLIP_LENGTH, T5_LENGTH};
 
-/// The configurations of all networks of a checkpoint.
-#[derive(Debug, Clone)]
-pub struct Networks {
-    /// The text encoders that are pooled.
-    pub clips: Vec<ClipConfig>,
-    /// The text encoder whose tokens are used.
-    pub t5: T5Config,
-    /// The transformer.
-    pub transformer: TransformerConfig,
-    /// The VAE.
-    pub vae: VaeConfig,
-}
-
-impl Networks {
-    /// Those of an opened checkpoint.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::Model`] naming a configuration that is missing.
-    pub fn of(checkpoint: &Checkpoint) -> Result<Networks> {
-        let mut clips = vec![checkpoint.clip_l()?.clone()];
-        if checkpoint.family() == Family::Sd3 {
-            clips.push(checkpoint.clip_g()?.clone());
-        }
-        Ok(Networks {
-            clips,
-            t5: checkpoint.t5()?.clone(),
-            transformer: checkpoint.transformer().clone(),
-            vae: checkpoint.vae()?.clone(),
-        })
-    }
-}
-
-/// The sizes of the published checkpoints.
-impl Networks {
-    /// The networks of a published family, without its files.
-    pub fn published(family: Family) -> Networks {
-        let clip_l = ClipConfig {
-            vocab_size: 49408,
-            width: 768,
-            ffn_width: 3072,
-            layers: 12,
-            heads: 12,
-            max_positions: 77,
-            activation: ClipActivation::QuickGelu,
-            norm_eps: 1e-5,
-            projection: None,
-        };
-        let t5 = T5Config {
-            vocab_size: 32128,
-            width: 4096,
-            head_dim: 64,
-            ffn_width: 10240,
-            layers: 24,
-            heads: 64,
-            buckets: 32,
-            max_distance: 128,
-            norm_eps: 1e-6,
-        };
-        let vae = VaeConfig {
-            latent_channels: 16,
-            encoder_channels: [128, 256, 512, 512],
-            encoder_resnets: [2; 4],
-            encoder_groups: 32,
-            decoder_channels: [128, 256, 512, 512],
-            decoder_resnets: [3; 4],
-            decoder_groups: 32,
-        };
-        let (clips, transformer) = match family {
-            Family::Sd3 => {
-                let clip_g = ClipConfig {
-                    width: 1280,
-                    ffn_width: 5120,
-                    layers: 32,
-                    heads: 20,
-                    activation: ClipActivation::Gelu,
-                    projection: Some(1280),
-                    ..clip_l.clone()
-                };
-                let clip_l = ClipConfig { projection: Some(768), ..clip_l };
-                let transformer = MmditConfig {
-                    layers: 24,
-                    heads: 24,
-                    head_dim: 64,
-                    in_channels: 16,
-                    patch_size: 2,
-                    text_dim: 4096,
-                    pooled_dim: 2048,
-                    pos_embed_max_size: 192,
-                };
-                (vec![clip_l, clip_g], TransformerConfig::Mmdit(transformer))
-            }
-            Family::Miniflux => {
-                let transformer = FluxConfig {
-                    layers: 8,
-                    single_layers: 16,
-                    heads: 30,
-                    head_dim: 64,
-                    in_channels: 64,
-                    patch_size: 2,
-                    text_dim: 4096,
-                    pooled_dim: 768,
-                    rope_axes: [16, 24, 24],
-                };
-                (vec![clip_l], TransformerConfig::Flux(transformer))
-            }
-        };
-        Networks { clips, t5, transformer, vae }
-    }
-}
-
-/// Memory and arithmetic of one phase of a run.
+/// Memory, arithmetic and traffic of one phase of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct PhasePlan {
     /// Which phase, for people.
     pub name: String,
-    /// Peak of all intermediates, in bytes.
+    /// Peak of all intermediates, in bytes, with what comes in for them.
     pub arena_bytes: u64,
     /// What the intermediates of the largest graph would take without sharing memory.
     pub unshared_bytes: u64,
-    /// Inputs, constants and carried frames, in bytes.
+    /// Inputs, constants and carried frames that stay on the device, in bytes.
     pub persistent_bytes: u64,
     /// Weights of the largest network, in bf16.
     pub weight_bytes: u64,
+    /// Of these the ones that stay on the device, in bytes; none on the CPU.
+    pub resident_bytes: u64,
+    /// Peak on the device, the driver's context excepted, in bytes.
+    pub device_bytes: u64,
+    /// Page-locked memory of the host, in bytes.
+    pub pinned_bytes: u64,
+    /// Most frames that the decoder's larger levels take at once, if it goes in pieces.
+    pub frames_at_once: Option<usize>,
+    /// Bytes that come in from the host over the whole phase.
+    pub streamed_bytes: u64,
     /// Floating-point operations of the whole run, in matrix products.
     pub flops: u64,
+    /// How long the phase takes on the machine that was named.
+    pub predicted: Option<Predicted>,
 }
 
 impl PhasePlan {
@@ -151,21 +51,65 @@ impl PhasePlan {
     pub fn memory_bytes(&self) -> u64 {
         self.arena_bytes + self.persistent_bytes
     }
+}
 
-    /// Takes a graph that runs `times` in this phase into account.
-    fn add(&mut self, graph: &Graph, backend: &dyn Backend, times: usize) {
-        let plan = backend.plan(graph);
-        if plan.arena_bytes() > self.arena_bytes {
-            self.arena_bytes = plan.arena_bytes();
-            self.unshared_bytes = plan.total_bytes();
+/// One phase being planned.
+struct Planner<'a> {
+    backend: &'a dyn Backend,
+    machine: Option<&'a Machine>,
+    phase: PhasePlan,
+}
+
+impl<'a> Planner<'a> {
+    fn new(name: &str, backend: &'a dyn Backend, machine: Option<&'a Machine>) -> Planner<'a> {
+        let phase = PhasePlan { name: name.to_string(), ..PhasePlan::default() };
+        Planner { backend, machine, phase }
+    }
+
+    /// A session of this phase lies in memory in this way.
+    fn fit(&mut self, fit: &Fit) {
+        let phase = &mut self.phase;
+        if fit.device_bytes > phase.device_bytes {
+            phase.arena_bytes = fit.arena_bytes;
+            phase.persistent_bytes = fit.persistent_bytes;
+            phase.resident_bytes = fit.resident_bytes;
+            phase.device_bytes = fit.device_bytes;
         }
-        self.persistent_bytes = self.persistent_bytes.max(plan.persistent_bytes());
-        self.weight_bytes = self.weight_bytes.max(graph.weight_bytes(DType::Bf16.bytes()));
-        self.flops += graph.flops() * times as u64;
+        phase.pinned_bytes = phase.pinned_bytes.max(fit.pinned_bytes);
+        if fit.at_once != usize::MAX {
+            phase.frames_at_once = Some(fit.at_once);
+        }
+        if !self.backend.copies_weights() {
+            (phase.resident_bytes, phase.device_bytes, phase.pinned_bytes) = (0, 0, 0);
+        }
+    }
+
+    /// A graph runs `times` in this phase.
+    fn run(&mut self, graph: &Graph, fit: &Fit, times: usize) {
+        let plan = self.backend.plan(graph, &fit.residency);
+        let phase = &mut self.phase;
+        phase.unshared_bytes = phase.unshared_bytes.max(plan.total_bytes());
+        phase.flops += graph.flops() * times as u64;
+        let comes_in = plan.stages().iter().map(|staged| match staged.what {
+            StagedWhat::Weights => staged.bytes,
+            StagedWhat::State(_) if graph.continues(staged.node) => staged.bytes,
+            StagedWhat::State(_) => 0,
+        });
+        phase.streamed_bytes += comes_in.sum::<u64>() * times as u64;
+        if let Some(machine) = self.machine {
+            let run = predict(graph, &plan, machine);
+            *phase.predicted.get_or_insert_default() += run * times as f64;
+        }
+    }
+
+    fn weights(&mut self, graphs: &[&Graph]) {
+        let bytes = graphs.iter().map(|g| g.weight_bytes(DType::Bf16.bytes())).sum();
+        self.phase.weight_bytes = self.phase.weight_bytes.max(bytes);
     }
 }
 
-/// Plans every phase of `request` for `backend`, with prompts of full length.
+/// Plans every phase of `request` for `backend`, with prompts of full length. With a machine,
+/// times are predicted.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Input`] for a request that cannot be generated.
@@ -173,71 +117,155 @@ pub fn plan(
     networks: &Networks,
     request: &Request,
     backend: &dyn Backend,
+    machine: Option<&Machine>,
 ) -> Result<Vec<PhasePlan>> {
     let (settings, _) = request.resolve()?;
     request.check_positions(&networks.transformer)?;
-    let dtype = backend.activations();
     let samples = if request.guidance > 0.0 { 2 } else { 1 };
-
-    let mut text = phase("text");
-    for config in &networks.clips {
-        text.add(&clip::record(config, CLIP_LENGTH, dtype)?, backend, samples);
-    }
-    text.add(&t5::record(&networks.t5, T5_LENGTH, dtype)?, backend, samples);
-
-    let window = |continues, carries| Window {
-        frames: 1,
-        height: settings.height,
-        width: settings.width,
-        continues,
-        carries,
-        at_once: usize::MAX,
-    };
-    let mut phases = vec![text];
+    let planner = |name: &str| Planner::new(name, backend, machine);
+    let mut phases = vec![text(planner("text"), networks, samples)?];
     if request.image.is_some() {
-        let mut image = phase("image");
-        let pixels = Window::whole(1, request.height as usize, request.width as usize);
-        image.add(&record_encoder(&networks.vae, pixels, dtype)?, backend, 1);
-        phases.push(image);
+        phases.push(image(planner("image"), &networks.vae, &settings)?);
     }
+    phases.push(sampling(planner("sampling"), &networks.transformer, &settings, samples)?);
+    phases.push(decoding(planner("decoding"), &networks.vae, &settings)?);
+    Ok(phases)
+}
 
-    let mut sampling = phase("sampling");
-    let config = &networks.transformer;
+fn text(mut planner: Planner, networks: &Networks, samples: usize) -> Result<PhasePlan> {
+    let dtype = planner.backend.activations();
+    for config in &networks.clips {
+        let graph = clip::record(config, CLIP_LENGTH, dtype)?;
+        let fit = stream_weights(&[&graph], Once::Nothing, planner.backend);
+        planner.fit(&fit);
+        planner.weights(&[&graph]);
+        planner.run(&graph, &fit, samples);
+    }
+    let graph = t5::record(&networks.t5, &vec![T5_LENGTH; samples], dtype)?;
+    let fit = stream_weights(&[&graph], Once::Everything, planner.backend);
+    planner.fit(&fit);
+    planner.weights(&[&graph]);
+    planner.run(&graph, &fit, 1);
+    Ok(planner.phase)
+}
+
+fn image(mut planner: Planner, vae: &VaeConfig, settings: &SamplerRequest) -> Result<PhasePlan> {
+    let [height, width] = [settings.height, settings.width].map(|n| n * crate::models::vae::FACTOR);
+    let (graph, fit) = fit_encoder(vae, Window::whole(1, height, width), planner.backend)?;
+    planner.fit(&fit);
+    planner.weights(&[&graph]);
+    planner.run(&graph, &fit, 1);
+    Ok(planner.phase)
+}
+
+fn sampling(
+    mut planner: Planner,
+    config: &TransformerConfig,
+    settings: &SamplerRequest,
+    samples: usize,
+) -> Result<PhasePlan> {
+    let backend = planner.backend;
     let text_tokens = vec![T5_LENGTH; samples];
+    let fit = fit_transformer(config, settings, &text_tokens, backend)?;
+    planner.fit(&fit);
+    let dtype = backend.activations();
+    let mut step = None;
     for unit in settings.first_unit()..settings.units {
         for stage in 0..STAGES {
             let stage = settings.stage_geometry(unit, stage)?;
             let geometry = geometry(&stage, &text_tokens);
             let graph = record_step(config, &geometry, StepOutput::EulerStep, dtype)?;
-            sampling.add(&graph, backend, stage.timesteps.len());
+            planner.run(&graph, &fit, stage.timesteps.len());
+            step = Some(graph);
         }
     }
     // The table of the adaptive norms' vectors stays beside the graphs of the steps.
-    let mut table = phase("table");
-    let timesteps = modulation::timesteps(&settings)?.len();
-    for (_, graph) in modulation::record(config, timesteps, samples, dtype)? {
-        table.add(&graph, backend, 1);
+    let timesteps = modulation::timesteps(settings)?.len();
+    let tables = modulation::record(config, timesteps, samples, dtype)?;
+    for (_, graph) in &tables {
+        planner.run(graph, &fit, 1);
     }
-    if table.arena_bytes > sampling.arena_bytes {
-        sampling.arena_bytes = table.arena_bytes;
-        sampling.unshared_bytes = table.unshared_bytes;
-    }
-    sampling.persistent_bytes += table.persistent_bytes;
-    sampling.weight_bytes += table.weight_bytes;
-    sampling.flops += table.flops;
-    phases.push(sampling);
-
-    let mut decoding = phase("decoding");
-    let carries = settings.units > 1;
-    decoding.add(&record_decoder(&networks.vae, window(false, carries), dtype)?, backend, 1);
-    if carries {
-        let next = record_decoder(&networks.vae, window(true, true), dtype)?;
-        decoding.add(&next, backend, settings.units - 1);
-    }
-    phases.push(decoding);
-    Ok(phases)
+    let table = tables.first().map(|(_, graph)| graph);
+    planner.weights(&step.iter().chain(table).collect::<Vec<_>>());
+    Ok(planner.phase)
 }
 
-fn phase(name: &str) -> PhasePlan {
-    PhasePlan { name: name.to_string(), ..PhasePlan::default() }
+fn decoding(mut planner: Planner, vae: &VaeConfig, settings: &SamplerRequest) -> Result<PhasePlan> {
+    let (latent, units) = ([settings.height, settings.width], settings.units);
+    let fit = fit_decoder(vae, latent, units, planner.backend)?;
+    planner.fit(&fit);
+    let graphs = decoder_windows(vae, latent, units, fit.at_once, planner.backend.activations())?;
+    for (graph, times) in graphs.iter().zip([1, units - 1]) {
+        planner.weights(&[graph]);
+        planner.run(graph, &fit, times);
+    }
+    Ok(planner.phase)
+}
+
+/// How the transformer's graphs fit, the largest of which are those of the last unit.
+///
+/// # Errors
+/// [`crate::ErrorKind::Input`] for sizes that cannot be generated.
+pub(super) fn fit_transformer(
+    config: &TransformerConfig,
+    settings: &SamplerRequest,
+    text_tokens: &[usize],
+    backend: &dyn Backend,
+) -> Result<Fit> {
+    let dtype = backend.activations();
+    let timesteps = modulation::timesteps(settings)?.len();
+    let tables = modulation::record(config, timesteps, text_tokens.len(), dtype)?;
+    let unit = settings.units - 1;
+    let steps: Vec<Graph> = (0..STAGES)
+        .map(|stage| {
+            let stage = settings.stage_geometry(unit, stage)?;
+            record_step(config, &geometry(&stage, text_tokens), StepOutput::EulerStep, dtype)
+        })
+        .collect::<Result<_>>()?;
+    let graphs: Vec<&Graph> =
+        tables.first().map(|(_, graph)| graph).into_iter().chain(&steps).collect();
+    Ok(stream_weights(&graphs, Once::FirstGraph, backend))
+}
+
+/// How the encoder fits for one window.
+///
+/// # Errors
+/// [`crate::ErrorKind::Model`] when shapes do not fit.
+pub(super) fn fit_encoder(
+    vae: &VaeConfig,
+    window: Window,
+    backend: &dyn Backend,
+) -> Result<(Graph, Fit)> {
+    let graph = record_encoder(vae, window, backend.activations())?;
+    let fit = stream_weights(&[&graph], Once::Nothing, backend);
+    Ok((graph, fit))
+}
+
+/// How the decoder fits for `units` latents of this height and width.
+///
+/// # Errors
+/// [`crate::ErrorKind::Model`] when shapes do not fit.
+pub(super) fn fit_decoder(
+    vae: &VaeConfig,
+    latent: [usize; 2],
+    units: usize,
+    backend: &dyn Backend,
+) -> Result<Fit> {
+    let dtype = backend.activations();
+    stream_states(|at_once| decoder_windows(vae, latent, units, at_once, dtype), backend)
+}
+
+/// The decoder's first window, and the one that all others are like if there are any.
+fn decoder_windows(
+    vae: &VaeConfig,
+    [height, width]: [usize; 2],
+    units: usize,
+    at_once: usize,
+    dtype: DType,
+) -> Result<Vec<Graph>> {
+    let carries = units > 1;
+    let window =
+        |continues| Window { carries, continues, at_once, ..Window::whole(1, height, width) };
+    let windows = if carries { &[false, true][..] } else { &[false] };
+    windows.iter().map(|&continues| record_decoder(vae, window(continues), dtype)).collect()
 }

@@ -1,10 +1,14 @@
 //! Prompts to what the transformer sees of them.
 
+use std::sync::Arc;
+
 use super::Weights;
+use super::memory::{Once, stream_weights};
 use crate::checkpoint::{Checkpoint, Component};
-use crate::exec::{Backend, Session};
+use crate::exec::Backend;
 use crate::graph::Graph;
 use crate::models::{clip, t5};
+use crate::tensor::WeightSource;
 use crate::text::{ClipTokenizer, T5Tokenizer, Tokens};
 use crate::{Error, Result};
 
@@ -85,7 +89,8 @@ fn shorten(text: &str) -> String {
     }
 }
 
-/// Encodes `prompts`, one encoder after the other, so that only one is in use at a time.
+/// Encodes `prompts`, one encoder after the other, so that only one is in use at a time. All
+/// prompts go through T5 together: its weights are needed once, and come in for it.
 ///
 /// # Errors
 /// Those of the backend.
@@ -107,22 +112,29 @@ pub fn encode(
             Component::ClipG => checkpoint.clip_g()?,
             _ => checkpoint.clip_l()?,
         };
-        let mut session = backend.open(weights.get(component)?)?;
-        for (prompt, out) in prompts.iter().zip(&mut encoded) {
+        let all = prompts.iter().map(|prompt| {
             let ids = &prompt.clips[index].1.ids;
             let ids = &ids[..clip::pooled_length(ids)];
-            let graph = clip::record(config, ids.len(), backend.activations())?;
-            out.pooled.extend(run(&mut *session, graph, ids, "pooled")?);
+            Ok((clip::record(config, ids.len(), backend.activations())?, ids))
+        });
+        let graphs = all.collect::<Result<Vec<_>>>()?;
+        let pooled = run(backend, weights.get(component)?, graphs, Once::Nothing, "pooled")?;
+        for (out, pooled) in encoded.iter_mut().zip(pooled) {
+            out.pooled.extend(pooled);
         }
         encoder_done(index + 1, encoders)?;
     }
-    let mut session = backend.open(weights.get(Component::T5)?)?;
-    for (prompt, out) in prompts.iter().zip(&mut encoded) {
-        let ids = &prompt.t5.ids[..prompt.t5.len];
-        let graph = t5::record(checkpoint.t5()?, ids.len(), backend.activations())?;
-        out.embeds = run(&mut *session, graph, ids, "embeds")?;
+    let lengths: Vec<usize> = prompts.iter().map(|p| p.t5.len).collect();
+    let ids: Vec<u32> = prompts.iter().flat_map(|p| p.t5.ids[..p.t5.len].iter().copied()).collect();
+    let config = checkpoint.t5()?;
+    let graph = t5::record(config, &lengths, backend.activations())?;
+    let graphs = vec![(graph, ids.as_slice())];
+    let embeds = run(backend, weights.get(Component::T5)?, graphs, Once::Everything, "embeds")?;
+    let mut rest = embeds.first().map_or(&[][..], Vec::as_slice);
+    for (out, length) in encoded.iter_mut().zip(lengths) {
+        let (own, others) = rest.split_at(length * config.width);
+        (out.embeds, rest) = (own.to_vec(), others);
     }
-    drop(session);
     encoder_done(encoders, encoders)?;
     let wanted = checkpoint.transformer().pooled_dim();
     match encoded.iter().find(|e| e.pooled.len() != wanted) {
@@ -134,13 +146,26 @@ pub fn encode(
     }
 }
 
-fn run(session: &mut dyn Session, graph: Graph, ids: &[u32], output: &str) -> Result<Vec<f32>> {
-    let graph = session.add(graph)?;
-    let input = session.find(graph, "ids")?;
-    session.write_ids(graph, input, ids)?;
-    session.run(graph)?;
-    let output = session.find(graph, output)?;
-    let values = session.read(graph, output)?;
-    session.remove(graph);
-    Ok(values)
+/// Runs graphs of one encoder, each on its ids, and gives the output called `output` of each.
+fn run(
+    backend: &dyn Backend,
+    weights: Arc<dyn WeightSource>,
+    graphs: Vec<(Graph, &[u32])>,
+    once: Once,
+    output: &str,
+) -> Result<Vec<Vec<f32>>> {
+    let fit = stream_weights(&graphs.iter().map(|(g, _)| g).collect::<Vec<_>>(), once, backend);
+    fit.require(backend, "encoding the prompts")?;
+    let mut session = backend.open_with(weights, &fit.residency)?;
+    let run = |(graph, ids)| {
+        let graph = session.add(graph)?;
+        let input = session.find(graph, "ids")?;
+        session.write_ids(graph, input, ids)?;
+        session.run(graph)?;
+        let output = session.find(graph, output)?;
+        let values = session.read(graph, output)?;
+        session.remove(graph);
+        Ok(values)
+    };
+    graphs.into_iter().map(run).collect()
 }

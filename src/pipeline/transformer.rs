@@ -1,15 +1,18 @@
 //! The transformer as the sampler sees it.
 
+use std::sync::Arc;
+
 use super::entrance::Entrances;
 use super::modulation::ModulationTable;
+use super::plan::fit_transformer;
 use super::prompts::EncodedPrompt;
 use crate::checkpoint::TransformerConfig;
-use crate::exec::{GraphId, Session};
+use crate::exec::{Backend, GraphId, Session};
 use crate::graph::{Graph, TensorId};
 use crate::models::dit::{Clip, Geometry, ModulationLayout, StepOutput};
 use crate::models::{ExpectedWeight, flux, mmdit};
 use crate::sampler::{Denoiser, Entry, Latent, LatentShape, SamplerRequest, StageGeometry, Step};
-use crate::tensor::DType;
+use crate::tensor::{DType, WeightSource};
 use crate::{Error, Result};
 
 /// Records one call of the configured transformer.
@@ -56,6 +59,24 @@ pub fn geometry(stage: &StageGeometry, text_tokens: &[usize]) -> Geometry {
         current: clip(&stage.shape),
         separate_latents: false,
     }
+}
+
+/// Opens a session on the transformer's weights that has room for a run with `prompts`:
+/// where there is not room for all of them, weights are streamed.
+///
+/// # Errors
+/// [`crate::ErrorKind::Memory`] when even that does not fit, and those of the backend.
+pub(super) fn open(
+    backend: &dyn Backend,
+    weights: Arc<dyn WeightSource>,
+    config: &TransformerConfig,
+    prompts: &[EncodedPrompt],
+    request: &SamplerRequest,
+) -> Result<Box<dyn Session>> {
+    let text_tokens: Vec<usize> = prompts.iter().map(|p| p.tokens).collect();
+    let fit = fit_transformer(config, request, &text_tokens, backend)?;
+    fit.require(backend, "sampling")?;
+    backend.open_with(weights, &fit.residency)
 }
 
 /// The graph of the current stage and its inputs.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Tiling;
+use super::plan::{fit_decoder, fit_encoder};
 use super::tiles::{TileGrid, Volume, assemble};
 use crate::checkpoint::VaeConfig;
 use crate::exec::{Backend, GraphId, Pending, Session};
@@ -11,28 +12,64 @@ use crate::graph::TensorId;
 use crate::media::Frame;
 use crate::models::vae::{FACTOR, Window, record_decoder, record_encoder};
 use crate::sampler::{Latent, LatentShape};
-use crate::tensor::WeightSource;
+use crate::tensor::{DType, WeightSource};
 use crate::{Error, Result};
 
 /// Encodes and decodes with the VAE of a checkpoint, in windows of time.
 pub struct Vae<'a> {
     backend: &'a dyn Backend,
     config: &'a VaeConfig,
+    weights: Arc<dyn WeightSource>,
+    opened: Option<Opened>,
+}
+
+/// What a session is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Purpose {
+    decode: bool,
+    /// Height and width of the largest windows.
+    extent: [usize; 2],
+    /// Whether windows follow each other.
+    carries: bool,
+}
+
+/// A session for windows of one kind.
+struct Opened {
+    purpose: Purpose,
     session: Box<dyn Session>,
-    plans: HashMap<(bool, Window), GraphId>,
+    dtype: DType,
+    at_once: usize,
+    plans: HashMap<Window, GraphId>,
 }
 
 impl<'a> Vae<'a> {
-    /// Opens a session on the VAE's weights.
-    ///
-    /// # Errors
-    /// Those of the backend.
+    /// A VAE whose weights are brought to the device when they are first needed.
     pub fn new(
         backend: &'a dyn Backend,
         config: &'a VaeConfig,
         weights: Arc<dyn WeightSource>,
-    ) -> Result<Vae<'a>> {
-        Ok(Vae { backend, config, session: backend.open(weights)?, plans: HashMap::new() })
+    ) -> Vae<'a> {
+        Vae { backend, config, weights, opened: None }
+    }
+
+    /// The session for `purpose`, opened if the present one is for another.
+    fn open(&mut self, purpose: Purpose) -> Result<&mut Opened> {
+        if self.opened.as_ref().is_none_or(|opened| opened.purpose != purpose) {
+            // First, to make room.
+            self.opened = None;
+            let Purpose { decode, extent: [height, width], carries } = purpose;
+            let fit = if decode {
+                fit_decoder(self.config, [height, width], 1 + usize::from(carries), self.backend)?
+            } else {
+                fit_encoder(self.config, Window::whole(1, height, width), self.backend)?.1
+            };
+            fit.require(self.backend, if decode { "decoding" } else { "encoding the image" })?;
+            let session = self.backend.open_with(self.weights.clone(), &fit.residency)?;
+            let (dtype, at_once) = (self.backend.activations(), fit.at_once);
+            let plans = HashMap::new();
+            self.opened = Some(Opened { purpose, session, dtype, at_once, plans });
+        }
+        self.opened.as_mut().ok_or_else(|| Error::usage("no session of the VAE is open"))
     }
 
     /// Encodes a video (or an image: one frame) `[frames, h, w, 3]` in −1 … 1 to the moments
@@ -41,10 +78,14 @@ impl<'a> Vae<'a> {
     /// # Errors
     /// Those of the backend.
     pub fn encode(&mut self, video: &Volume, tiling: Option<Tiling>) -> Result<Volume> {
-        let Some(tiling) = tiling else { return self.window(video, false, false, false) };
+        let config = self.config;
+        let side = tiling.map_or(usize::MAX, |tiling| tiling.tile);
+        let extent = [video.height.min(side), video.width.min(side)];
+        let opened = self.open(Purpose { decode: false, extent, carries: false })?;
+        let Some(tiling) = tiling else { return opened.window(config, video, false, false) };
         let grid = TileGrid::encoding(video.height, video.width, tiling);
         assemble(&grid, |y, x, height, width| {
-            self.window(&video.crop(y, x, height, width), false, false, false)
+            opened.window(config, &video.crop(y, x, height, width), false, false)
         })
     }
 
@@ -64,19 +105,22 @@ impl<'a> Vae<'a> {
             let video = self.decode_tiled(latents, tiling)?;
             return (0..video.frames).try_for_each(|i| frames(frame_of(&video, i)?));
         }
+        let Some(first) = latents.first().map(Latent::shape) else {
+            return Err(Error::input("no latents to decode"));
+        };
+        let (config, carries) = (self.config, latents.len() > 1);
+        let extent = [first.height, first.width];
+        let opened = self.open(Purpose { decode: true, extent, carries })?;
         let mut before: Option<Pending<Vec<u8>>> = None;
         for (i, latent) in latents.iter().enumerate() {
             let input = Volume::of_latent(latent);
-            let (graph, output) = self.run(&input, true, i > 0, latents.len() > 1)?;
-            let pixels = self.session.fetch_pixels(graph, output)?;
+            let (graph, output) = opened.run(config, &input, i > 0, carries)?;
+            let pixels = opened.session.fetch_pixels(graph, output)?;
             if let Some(before) = before.replace(pixels) {
                 give(latent.shape(), before()?, &mut frames)?;
             }
         }
-        match (before, latents.last()) {
-            (Some(last), Some(latent)) => give(latent.shape(), last()?, &mut frames),
-            _ => Err(Error::input("no latents to decode")),
-        }
+        before.map_or(Ok(()), |last| give(first, last()?, &mut frames))
     }
 
     /// Decodes in the published way, tile by tile with blended seams.
@@ -86,35 +130,40 @@ impl<'a> Vae<'a> {
     pub fn decode_tiled(&mut self, latents: &[Latent], tiling: Tiling) -> Result<Volume> {
         let first = latents.first().ok_or_else(|| Error::input("no latents to decode"))?.shape();
         let grid = TileGrid::decoding(first.height, first.width, tiling);
+        let (config, carries) = (self.config, latents.len() > 1);
+        let extent = [first.height, first.width].map(|n| n.min(tiling.tile / FACTOR));
+        let opened = self.open(Purpose { decode: true, extent, carries })?;
         assemble(&grid, |y, x, height, width| {
             let mut tile = Volume::default();
             for (i, latent) in latents.iter().enumerate() {
                 let crop = Volume::of_latent(latent).crop(y, x, height, width);
-                tile.append(&self.window(&crop, true, i > 0, latents.len() > 1)?);
+                tile.append(&opened.window(config, &crop, i > 0, carries)?);
             }
             Ok(tile)
         })
     }
+}
 
+impl Opened {
     /// Runs one window of a video, `continues` being whether it goes on from the one before
     /// and `carries` whether another one may. A lone latent needs no carried frames;
     /// otherwise all but the first window share one plan.
     fn run(
         &mut self,
+        config: &VaeConfig,
         input: &Volume,
-        decode: bool,
         continues: bool,
         carries: bool,
     ) -> Result<(GraphId, TensorId)> {
         let &Volume { frames, height, width, .. } = input;
-        let window = Window { frames, height, width, continues, carries, at_once: usize::MAX };
-        let graph = match self.plans.get(&(decode, window)) {
+        let (decode, at_once) = (self.purpose.decode, self.at_once);
+        let window = Window { frames, height, width, continues, carries, at_once };
+        let graph = match self.plans.get(&window) {
             Some(&graph) => graph,
             None => {
                 let record = if decode { record_decoder } else { record_encoder };
-                let graph = record(self.config, window, self.backend.activations())?;
-                let graph = self.session.add(graph)?;
-                self.plans.insert((decode, window), graph);
+                let graph = self.session.add(record(config, window, self.dtype)?)?;
+                self.plans.insert(window, graph);
                 graph
             }
         };
@@ -128,18 +177,18 @@ impl<'a> Vae<'a> {
 
     fn window(
         &mut self,
+        config: &VaeConfig,
         input: &Volume,
-        decode: bool,
         continues: bool,
         carries: bool,
     ) -> Result<Volume> {
-        let (graph, output) = self.run(input, decode, continues, carries)?;
+        let (graph, output) = self.run(config, input, continues, carries)?;
         let data = self.session.read(graph, output)?;
         let &Volume { height, width, .. } = input;
-        let (height, width, channels) = if decode {
+        let (height, width, channels) = if self.purpose.decode {
             (height * FACTOR, width * FACTOR, 3)
         } else {
-            (height / FACTOR, width / FACTOR, 2 * self.config.latent_channels)
+            (height / FACTOR, width / FACTOR, 2 * config.latent_channels)
         };
         let frames = data.len() / (height * width * channels);
         Ok(Volume { frames, height, width, channels, data })

@@ -135,13 +135,7 @@ struct Vae<'a> {
 impl Vae<'_> {
     /// Encodes or decodes `name` in windows of these lengths (the last one repeated), at most
     /// `at_once` frames at once where a window can be taken in pieces.
-    fn through(
-        &mut self,
-        name: &str,
-        windows: &[usize],
-        at_once: usize,
-        decode: bool,
-    ) -> Vec<f32> {
+    fn through(&mut self, name: &str, windows: &[usize], at_once: usize, decode: bool) -> Vec<f32> {
         let (shape, values) = self.golden.tensor(name);
         let ([frames, height, width, channels], values) = channels_last(&shape, &values);
         let config = self.checkpoint.vae().expect("VAE configuration").clone();

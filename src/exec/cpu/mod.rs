@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::exec::{Backend, GraphId, Pending, Session, check_copy};
-use crate::graph::{Graph, Node, Op, Plan, Role, TensorId, WeightId};
+use crate::graph::{Graph, Node, Op, Plan, Residency, Role, TensorId, WeightId};
 use crate::sampler::LatentShape;
 use crate::tensor::{DType, WeightSource, WeightView};
 use crate::{Error, Result};
@@ -97,7 +97,7 @@ impl Backend for Cpu {
         self.activations
     }
 
-    fn plan(&self, graph: &Graph) -> Plan {
+    fn plan(&self, graph: &Graph, _: &Residency) -> Plan {
         if self.share { Plan::new(graph, |_| ELEMENT) } else { Plan::unshared(graph, |_| ELEMENT) }
     }
 
@@ -109,7 +109,7 @@ impl Backend for Cpu {
         false
     }
 
-    fn open(&self, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>> {
+    fn open_with(&self, weights: Arc<dyn WeightSource>, _: &Residency) -> Result<Box<dyn Session>> {
         Ok(Box::new(CpuSession {
             backend: *self,
             weights,
@@ -174,7 +174,7 @@ impl Session for CpuSession {
                 )));
             }
         }
-        let plan = self.backend.plan(&graph);
+        let plan = self.backend.plan(&graph, &Residency::default());
         let mut own = HashMap::new();
         for (i, tensor) in graph.tensors().iter().enumerate() {
             let id = TensorId(i as u32);

@@ -3,6 +3,7 @@
 
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::{result, sys};
 
@@ -26,10 +27,14 @@ pub(super) fn check<T>(doing: &str, answer: Result<T, result::DriverError>) -> R
     })
 }
 
-/// The primary context of one GPU.
+/// The primary context of one GPU, and how much of its memory this process may use.
 pub(super) struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
+    /// Bytes that were free once the context was there.
+    free_at_first: u64,
+    /// Most bytes to be used, the context's own included; 0 for all there are.
+    limit: AtomicU64,
 }
 
 // SAFETY: contexts may be used from any thread that makes them current.
@@ -38,6 +43,10 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
+    /// What a context takes itself, about: the driver does not tell. Measured with
+    /// nvidia-smi on an H200, where it is largest, since it grows with the multiprocessors.
+    pub const OWN_BYTES: u64 = 600 << 20;
+
     /// Takes the primary context of GPU `index`, which [`super::probe::require`] has found
     /// to be usable.
     pub fn new(index: usize) -> Result<Arc<Context>> {
@@ -45,9 +54,43 @@ impl Context {
         let device = check("opening the GPU", result::device::get(index as i32))?;
         // SAFETY: `device` was just returned by the driver.
         let context = check("opening the GPU", unsafe { result::primary_ctx::retain(device) })?;
-        let this = Arc::new(Context { device, context });
-        this.bind()?;
-        Ok(this)
+        let mut this = Context { device, context, free_at_first: 0, limit: AtomicU64::new(0) };
+        this.free_at_first = this.memory()?.0;
+        Ok(Arc::new(this))
+    }
+
+    /// Sees to it that memory beyond `bytes`, the context's own included, is refused.
+    pub fn limit(&self, bytes: u64) {
+        self.limit.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that this process uses, the context's own included. What other processes have
+    /// taken since it began counts, too: the driver does not tell them apart.
+    pub fn used(&self) -> Result<u64> {
+        Ok(Self::OWN_BYTES + self.free_at_first.saturating_sub(self.memory()?.0))
+    }
+
+    /// Bytes that can still be had, within the limit if there is one.
+    pub fn available(&self) -> Result<u64> {
+        let (free, _) = self.memory()?;
+        match self.limit.load(Ordering::Relaxed) {
+            0 => Ok(free),
+            limit => Ok(free.min(limit.saturating_sub(self.used()?))),
+        }
+    }
+
+    /// Fails if `bytes` more are beyond the limit.
+    fn admit(&self, bytes: usize, what: &str) -> Result<()> {
+        let limit = self.limit.load(Ordering::Relaxed);
+        if limit == 0 || self.used()? + bytes as u64 <= limit {
+            return Ok(());
+        }
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let (used, limit) = (mib(self.used()?), mib(limit));
+        Err(Error::memory(format!(
+            "{what} would exceed the limit of {limit:.0} MiB of GPU memory; {used:.0} MiB are used"
+        ))
+        .hint("allow more with --max-vram, or make the video smaller or shorter"))
     }
 
     /// Makes the context current on the calling thread.
@@ -109,6 +152,29 @@ impl Stream {
         self.bind()?;
         // SAFETY: the stream lives as long as `self`.
         check("computing", unsafe { result::stream::synchronize(self.stream) })
+    }
+
+    /// Lets what is queued from now on wait for what `event` marked last.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are alive.
+        let answer = unsafe { result::stream::wait_event(self.stream, event.event, flags) };
+        check("waiting for an event", answer)
+    }
+
+    /// Queues a call of `function` on a thread of the driver.
+    ///
+    /// # Safety
+    /// `data` must be valid for the function until the stream has got there, and the function
+    /// must not call the driver.
+    pub unsafe fn call(
+        &self,
+        function: unsafe extern "C" fn(*mut c_void),
+        data: *mut c_void,
+    ) -> Result<()> {
+        // SAFETY: passed on from the caller; the stream is alive.
+        let answer = unsafe { sys::cuLaunchHostFunc(self.stream, Some(function), data) };
+        check("queueing a call", answer.result())
     }
 
     /// Queues a copy within device memory.
@@ -240,6 +306,7 @@ pub(super) struct DeviceMemory {
 impl DeviceMemory {
     /// Allocates at least one byte; `what` is for the message when there is no room.
     pub fn new(context: &Arc<Context>, bytes: usize, what: &str) -> Result<DeviceMemory> {
+        context.admit(bytes, what)?;
         context.bind()?;
         // SAFETY: the context is current.
         let address = unsafe { result::malloc_sync(bytes.max(1)) };

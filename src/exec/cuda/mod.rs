@@ -16,18 +16,23 @@ mod session;
 mod step;
 mod tables;
 mod tensor_map;
+mod traffic;
+mod upload;
 mod weights;
 
 use std::sync::{Arc, Mutex};
 
 use crate::Result;
 use crate::exec::{Backend, Session};
-use crate::graph::{Graph, Plan};
+use crate::graph::{Graph, Plan, Residency};
 use crate::tensor::{DType, WeightSource};
 use driver::{Context, DeviceMemory, Event, Stream};
 use kernels::Kernels;
 pub use probe::GpuInfo;
-use weights::Uploader;
+use upload::Uploader;
+
+/// What the driver's context takes of the GPU's memory, about.
+pub const CONTEXT_BYTES: u64 = Context::OWN_BYTES;
 
 /// Who computes linear layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +57,8 @@ pub struct Cuda {
     /// Sessions take turns: locking memory anew for each would take longer than small models.
     uploader: Arc<Mutex<Uploader>>,
     gemm: Gemm,
+    /// Bytes per second that copies between host and device are slowed to.
+    link: Option<f64>,
     fenced: bool,
 }
 
@@ -65,9 +72,9 @@ impl Cuda {
         let context = Context::new(info.index)?;
         let capability = info.compute_capability;
         let kernels = Arc::new(Kernels::load(&context, (capability.0, capability.1))?);
-        let uploader = Arc::new(Mutex::new(Uploader::new(&context)?));
-        let gemm = Gemm::Automatic;
-        Ok(Cuda { context, kernels, info, uploader, gemm, fenced: false })
+        let uploader = Arc::new(Mutex::new(Uploader::new(&context, None)?));
+        let (gemm, link) = (Gemm::Automatic, None);
+        Ok(Cuda { context, kernels, info, uploader, gemm, link, fenced: false })
     }
 
     /// Only the kernels that every supported GPU runs, not those of one generation, and no
@@ -83,6 +90,24 @@ impl Cuda {
     pub fn with_gemm(mut self, gemm: Gemm) -> Cuda {
         self.gemm = gemm;
         self
+    }
+
+    /// Uses at most `bytes` of the GPU's memory, the driver's context included: what would
+    /// take more is refused.
+    pub fn limited(self, bytes: u64) -> Cuda {
+        self.context.limit(bytes);
+        self
+    }
+
+    /// Slows copies between host and device down to `bytes_per_second` in each direction, to
+    /// measure how a slower bus would do.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn with_link(mut self, bytes_per_second: f64) -> Result<Cuda> {
+        self.link = Some(bytes_per_second);
+        self.uploader = Arc::new(Mutex::new(Uploader::new(&self.context, self.link)?));
+        Ok(self)
     }
 
     /// Gives every tensor memory of its own between guard zones, fills it with NaN before a
@@ -140,19 +165,23 @@ impl Backend for Cuda {
         DType::Bf16
     }
 
-    fn plan(&self, graph: &Graph) -> Plan {
-        Plan::new(graph, DType::bytes)
+    fn plan(&self, graph: &Graph, residency: &Residency) -> Plan {
+        Plan::staged(graph, DType::bytes, residency)
     }
 
     fn free_memory(&self) -> Option<u64> {
-        self.context.memory().ok().map(|(free, _)| free)
+        self.context.available().ok()
     }
 
     fn copies_weights(&self) -> bool {
         true
     }
 
-    fn open(&self, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>> {
-        Ok(Box::new(session::CudaSession::new(self, weights)?))
+    fn open_with(
+        &self,
+        weights: Arc<dyn WeightSource>,
+        residency: &Residency,
+    ) -> Result<Box<dyn Session>> {
+        Ok(Box::new(session::CudaSession::new(self, weights, residency)?))
     }
 }

@@ -15,9 +15,11 @@ use super::ops::{self, Prepare};
 use super::readback::Readback;
 use super::step::Step;
 use super::tables::Tables;
-use super::weights::{DeviceWeights, Uploader};
+use super::traffic::{Schedule, Traffic};
+use super::upload::Uploader;
+use super::weights::{DeviceWeights, Form, Key};
 use crate::exec::{GraphId, Pending, Session, check_copy};
-use crate::graph::{Graph, Op, Plan, Role, TensorId};
+use crate::graph::{Graph, Node, Op, Plan, Residency, Role, StagedWhat, TensorId};
 use crate::tensor::{DType, WeightSource};
 use crate::{Error, Result};
 
@@ -43,6 +45,7 @@ struct Planned {
     /// Memory of inputs and constants, and of all roots in a fenced session.
     own: HashMap<TensorId, Piece>,
     tables: Tables,
+    schedule: Schedule,
     steps: Vec<Step>,
     /// The arena and scratch memory that `steps` were made for.
     made_for: [Address; 2],
@@ -57,6 +60,8 @@ pub(super) struct CudaSession {
     /// Where linear layers go to it.
     cublaslt: Option<CublasLt>,
     fenced: bool,
+    residency: Residency,
+    traffic: Traffic,
     weights: DeviceWeights,
     graphs: Vec<Option<Planned>>,
     arena: Option<DeviceMemory>,
@@ -67,8 +72,17 @@ pub(super) struct CudaSession {
 }
 
 impl CudaSession {
-    pub fn new(backend: &Cuda, weights: Arc<dyn WeightSource>) -> Result<CudaSession> {
+    /// In a fenced session all tensors have memory of their own, so everything stays there.
+    pub fn new(
+        backend: &Cuda,
+        weights: Arc<dyn WeightSource>,
+        residency: &Residency,
+    ) -> Result<CudaSession> {
+        let residency = if backend.fenced { Residency::default() } else { residency.clone() };
+        let uploader = backend.uploader.clone();
         Ok(CudaSession {
+            traffic: Traffic::new(&backend.context, uploader, backend.link)?,
+            residency,
             stream: Stream::new(&backend.context)?,
             uploader: backend.uploader.clone(),
             context: backend.context.clone(),
@@ -85,10 +99,7 @@ impl CudaSession {
     }
 
     fn planned(&self, id: GraphId) -> Result<&Planned> {
-        self.graphs
-            .get(id.0)
-            .and_then(Option::as_ref)
-            .ok_or_else(|| Error::usage("the graph was removed from its session"))
+        planned(&self.graphs, id)
     }
 
     /// Memory of a tensor that outlives a run.
@@ -116,6 +127,7 @@ impl CudaSession {
                     }
                     own.insert(id, piece);
                 }
+                Role::State if self.residency.hosts(&tensor.name) => {}
                 Role::State => {
                     let key = (tensor.name.clone(), bytes);
                     if !self.states.contains_key(&key) {
@@ -166,6 +178,7 @@ impl CudaSession {
                 kernels: &self.kernels,
                 cublaslt: self.cublaslt.as_ref(),
                 weights: &self.weights,
+                streamed: self.streamed(planned, index, node),
                 tables: &planned.tables,
                 scratch,
                 place: &place,
@@ -176,11 +189,24 @@ impl CudaSession {
         Ok(steps)
     }
 
+    /// The matrices that come in for `node`, and where to.
+    fn streamed(&self, planned: &Planned, index: usize, node: &Node) -> Option<(Key, Address)> {
+        let matrices = self.residency.streamed(&planned.graph, node);
+        let mut stages = planned.plan.stages().iter();
+        let staged = stages.find(|s| s.node == index && s.what == StagedWhat::Weights)?;
+        Some((Key::new(&planned.graph, &matrices, Form::Bf16), self.bases()[0] + staged.offset))
+    }
+
     /// Where a tensor lies.
     fn place(&self, planned: &Planned, id: TensorId) -> Result<Place> {
         let t = planned.graph.tensor(id);
         let root = planned.graph.tensor(t.root);
         let start = match &root.role {
+            Role::State if self.residency.hosts(&root.name) => {
+                let mut stages = planned.plan.stages().iter();
+                let staged = stages.find(|s| s.what == StagedWhat::State(t.root));
+                staged.map(|s| self.bases()[0] + s.offset)
+            }
             Role::State => {
                 let key = (root.name.clone(), root.len() * root.dtype.bytes());
                 self.states.get(&key).map(Piece::address)
@@ -213,14 +239,47 @@ impl CudaSession {
         self.place(planned, input)
     }
 
-    fn queue(&self, planned: &Planned) -> Result<()> {
+    /// Queues all nodes. `after` is called behind each.
+    fn queue_nodes(
+        &mut self,
+        graph: GraphId,
+        mut after: impl FnMut(&Stream) -> Result<()>,
+    ) -> Result<()> {
         self.stream.bind()?;
-        for step in &planned.steps {
-            // SAFETY: the steps were made for the present arena and scratch memory; all
-            // else they name belongs to the session. One stream: steps run in order.
-            unsafe { step.queue(&self.stream, &planned.graph)? };
+        let arena = self.bases()[0];
+        let CudaSession { graphs, traffic, stream, weights, .. } = self;
+        let planned = planned(graphs, graph)?;
+        let (graph, schedule) = (&planned.graph, &planned.schedule);
+        if !schedule.is_empty() {
+            traffic.begin(stream)?;
+        }
+        let mut steps = planned.steps.iter().peekable();
+        for node in 0..graph.nodes().len() {
+            if !schedule.is_empty() {
+                traffic.enter(schedule, node, arena, weights.source(), stream)?;
+            }
+            while let Some(step) = steps.next_if(|step| step.node == node) {
+                // SAFETY: the steps were made for the present arena and scratch memory; all
+                // else they name belongs to the session. One stream: steps run in order, and
+                // it waits for what other streams bring.
+                unsafe { step.queue(stream, graph)? };
+            }
+            if !schedule.is_empty() {
+                traffic.leave(schedule, node, arena, stream)?;
+            }
+            after(stream)?;
         }
         Ok(())
+    }
+
+    fn queue(&mut self, graph: GraphId) -> Result<()> {
+        self.queue_nodes(graph, |_| Ok(()))
+    }
+
+    /// Waits until nothing is queued or on its way.
+    fn settle(&self) -> Result<()> {
+        self.stream.synchronize()?;
+        self.traffic.settle()
     }
 
     /// Makes the steps of `graph` anew if memory has moved since.
@@ -254,10 +313,16 @@ impl CudaSession {
     }
 }
 
+/// The graph `id` of a session.
+fn planned(graphs: &[Option<Planned>], id: GraphId) -> Result<&Planned> {
+    let found = graphs.get(id.0).and_then(Option::as_ref);
+    found.ok_or_else(|| Error::usage("the graph was removed from its session"))
+}
+
 impl Drop for CudaSession {
     /// What is queued uses memory that goes now.
     fn drop(&mut self) {
-        let _ = self.stream.synchronize();
+        let _ = self.settle();
     }
 }
 
@@ -273,19 +338,21 @@ impl Session for CudaSession {
             }
         }
         // What is queued may use memory that moves now.
-        self.stream.synchronize()?;
+        self.settle()?;
         // A panic elsewhere leaves nothing behind that the next upload minds.
         let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
-        self.weights.load(&graph, &self.context, &self.kernels, &mut uploader)?;
+        self.weights.load(&graph, &self.residency, &self.context, &self.kernels, &mut uploader)?;
         drop(uploader);
         let own = self.allocate(&graph)?;
-        let plan = Plan::new(&graph, DType::bytes);
+        let plan = Plan::staged(&graph, DType::bytes, &self.residency);
+        let schedule = Schedule::new(&graph, &plan, &self.residency, &self.context)?;
+        self.traffic.reserve(&schedule)?;
         let tables =
             Tables::new(&graph, &self.kernels, &self.weights, &self.context, &self.stream)?;
         let scratch = ops::scratch_bytes(&graph, &self.kernels, self.cublaslt.is_some());
         self.reserve(plan.arena_bytes(), scratch)?;
-        let mut planned =
-            Planned { graph, plan, own, tables, steps: Vec::new(), made_for: self.bases() };
+        let (steps, made_for) = (Vec::new(), self.bases());
+        let mut planned = Planned { graph, plan, own, tables, schedule, steps, made_for };
         planned.steps = self.prepare(&planned)?;
         self.graphs.push(Some(planned));
         Ok(GraphId(self.graphs.len() - 1))
@@ -293,7 +360,7 @@ impl Session for CudaSession {
 
     fn remove(&mut self, graph: GraphId) {
         // A failure of what is queued shows at the next call.
-        let _ = self.stream.synchronize();
+        let _ = self.settle();
         if let Some(slot) = self.graphs.get_mut(graph.0) {
             *slot = None;
         }
@@ -354,14 +421,13 @@ impl Session for CudaSession {
 
     fn run(&mut self, graph: GraphId) -> Result<()> {
         self.refresh(graph)?;
-        let planned = self.planned(graph)?;
-        if self.fenced {
-            self.stream.bind()?;
-            self.poison(planned)?;
-            self.queue(planned)?;
-            return self.check_guards(planned);
+        if !self.fenced {
+            return self.queue(graph);
         }
-        self.queue(planned)
+        self.stream.bind()?;
+        self.poison(self.planned(graph)?)?;
+        self.queue(graph)?;
+        self.check_guards(self.planned(graph)?)
     }
 
     fn read(&mut self, graph: GraphId, tensor: TensorId) -> Result<Vec<f32>> {
@@ -408,15 +474,14 @@ impl Session for CudaSession {
         self.refresh(graph)?;
         self.stream.bind()?;
         let flush = DeviceMemory::new(&self.context, FLUSH, "flushing the cache")?;
-        let planned = self.planned(graph)?;
-        self.queue(planned)?;
+        self.queue(graph)?;
         let mut events = Vec::new();
         for _ in 0..repeats {
             // SAFETY: the memory lives until all runs have ended below.
             unsafe { self.stream.fill(flush.address(), 0, FLUSH)? };
             let (start, end) = (Event::new(&self.context)?, Event::new(&self.context)?);
             start.record(&self.stream)?;
-            self.queue(planned)?;
+            self.queue(graph)?;
             end.record(&self.stream)?;
             events.push((start, end));
         }
@@ -426,21 +491,18 @@ impl Session for CudaSession {
 
     fn profile(&mut self, graph: GraphId) -> Result<Vec<f64>> {
         self.refresh(graph)?;
-        let planned = self.planned(graph)?;
-        self.queue(planned)?;
-        let mark = || {
-            let event = Event::new(&self.context)?;
-            event.record(&self.stream)?;
+        self.queue(graph)?;
+        let context = self.context.clone();
+        let mark = |stream: &Stream| {
+            let event = Event::new(&context)?;
+            event.record(stream)?;
             Ok::<_, Error>(event)
         };
-        let mut marks = vec![mark()?];
-        for node in 0..planned.graph.nodes().len() {
-            for step in planned.steps.iter().filter(|step| step.node == node) {
-                // SAFETY: as in `queue`.
-                unsafe { step.queue(&self.stream, &planned.graph)? };
-            }
-            marks.push(mark()?);
-        }
+        let mut marks = vec![mark(&self.stream)?];
+        self.queue_nodes(graph, |stream| {
+            marks.push(mark(stream)?);
+            Ok(())
+        })?;
         self.stream.synchronize()?;
         marks.windows(2).map(|pair| pair[1].seconds_since(&pair[0])).collect()
     }

@@ -7,15 +7,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use half::bf16;
-use rayon::prelude::*;
-
-use super::driver::{Address, Context, DeviceMemory, Event, PinnedMemory, Stream, check};
+use super::driver::{Address, Context, DeviceMemory};
 use super::kernels::Kernels;
 use super::params::PackConv;
-use super::step::Work;
+use super::upload::Uploader;
 use crate::Result;
-use crate::graph::{Epilogue, Graph, Node, Op, Plan, WeightId};
+use crate::graph::{Epilogue, Graph, Node, Op, Plan, Residency, WeightId};
 use crate::tensor::{DType, WeightSource, WeightView};
 
 /// The form in which a kernel reads weights.
@@ -113,6 +110,11 @@ impl DeviceWeights {
         DeviceWeights { source, places: HashMap::new(), memory: Vec::new() }
     }
 
+    /// All weights on the host.
+    pub fn source(&self) -> &dyn WeightSource {
+        &*self.source
+    }
+
     /// The weight called `name`, on the host.
     pub fn host(&self, name: &str) -> Result<WeightView<'_>> {
         self.source.weight(name)
@@ -123,10 +125,12 @@ impl DeviceWeights {
         self.places.get(key).copied()
     }
 
-    /// Brings what `graph` needs and is not there yet to the device, in one allocation.
+    /// Brings what `graph` needs, is to stay there and is not there yet to the device, in one
+    /// allocation.
     pub fn load(
         &mut self,
         graph: &Graph,
+        residency: &Residency,
         context: &Arc<Context>,
         kernels: &Kernels,
         uploader: &mut Uploader,
@@ -135,7 +139,12 @@ impl DeviceWeights {
         let mut wanted: Vec<(Key, u64)> = Vec::new();
         let mut seen = HashMap::new();
         let mut staging = 0;
-        for key in graph.nodes().iter().flat_map(|n| keys_of(graph, n)) {
+        let staying = |node| {
+            let streamed = residency.streamed(graph, node);
+            let streamed = Key::new(graph, &streamed, Form::Bf16);
+            keys_of(graph, node).into_iter().filter(move |key| *key != streamed)
+        };
+        for key in graph.nodes().iter().flat_map(staying) {
             if self.places.contains_key(&key) || seen.contains_key(&key) {
                 continue;
             }
@@ -209,83 +218,4 @@ impl DeviceWeights {
         }
         Ok(())
     }
-}
-
-/// Brings data to the device through a ring of pinned buffers: while the copy engine reads
-/// one, the CPU's threads fill the next straight from the mapped file.
-pub(super) struct Uploader {
-    slots: Vec<(PinnedMemory, Event)>,
-    next: usize,
-    stream: Stream,
-}
-
-impl Uploader {
-    const SLOTS: usize = 2;
-    /// Large enough for the copy engine's full rate, small enough to lock at once.
-    const SLOT_BYTES: usize = 32 << 20;
-    /// What one thread converts at a time.
-    const PIECE: usize = 256 << 10;
-
-    pub fn new(context: &Arc<Context>) -> Result<Uploader> {
-        let slot = |_| Ok((PinnedMemory::new(context, Self::SLOT_BYTES)?, Event::new(context)?));
-        let slots = (0..Self::SLOTS).map(slot).collect::<Result<_>>()?;
-        Ok(Uploader { slots, next: 0, stream: Stream::new(context)? })
-    }
-
-    /// Queues the upload of all of `view` as `dtype` (bf16 or f32) and returns its bytes
-    /// there.
-    pub fn upload(&mut self, view: &WeightView<'_>, dtype: DType, to: Address) -> Result<u64> {
-        self.stream.bind()?;
-        let size = dtype.bytes();
-        let per_slot = Self::SLOT_BYTES / size;
-        for start in (0..view.len()).step_by(per_slot) {
-            let count = per_slot.min(view.len() - start);
-            let (buffer, free) = &mut self.slots[self.next];
-            free.synchronize()?;
-            let bytes = &mut buffer.as_mut_slice()[..count * size];
-            convert(view, start, dtype, bytes, Self::PIECE);
-            // SAFETY: `to` has room for the whole view; the slot is not written again
-            // before its event.
-            unsafe { self.stream.upload(to + (start * size) as u64, bytes)? };
-            free.record(&self.stream)?;
-            self.next = (self.next + 1) % Self::SLOTS;
-        }
-        Ok((view.len() * size) as u64)
-    }
-
-    /// Queues a launch behind the uploads.
-    fn launch(&self, work: Work) -> Result<()> {
-        let Work::Launch { kernel, grid, parameters } = work else { return Ok(()) };
-        // SAFETY: the parameters are those of this kernel, and their memory lives until
-        // `finish`.
-        let answer = unsafe { self.stream.launch(&kernel, grid, parameters.start()) };
-        check(&format!("starting {}", kernel.name), answer)
-    }
-
-    /// Waits until everything has arrived.
-    pub fn finish(&self) -> Result<()> {
-        self.stream.synchronize()
-    }
-}
-
-/// Elements `start ..` of `view` as `dtype` into `out`, on all threads.
-fn convert(view: &WeightView<'_>, start: usize, dtype: DType, out: &mut [u8], piece: usize) {
-    let size = dtype.bytes();
-    out.par_chunks_mut(piece).enumerate().for_each(|(i, out)| {
-        let (first, count) = (start + i * piece / size, out.len() / size);
-        if view.dtype == dtype {
-            out.copy_from_slice(&view.bytes[first * size..][..out.len()]);
-            return;
-        }
-        let mut values = vec![0.0f32; count];
-        view.widen(first, &mut values);
-        match dtype {
-            DType::Bf16 => {
-                for (out, v) in out.chunks_exact_mut(2).zip(values) {
-                    out.copy_from_slice(&bf16::from_f32(v).to_le_bytes());
-                }
-            }
-            _ => out.copy_from_slice(bytemuck::cast_slice(&values)),
-        }
-    });
 }

@@ -39,6 +39,8 @@ pub(super) struct Prepare<'a> {
     /// Where linear layers go to it.
     pub cublaslt: Option<&'a CublasLt>,
     pub weights: &'a DeviceWeights,
+    /// The matrices that come in for the node, and where to.
+    pub streamed: Option<(Key, Address)>,
     pub tables: &'a Tables,
     pub scratch: Address,
     pub place: &'a dyn Fn(TensorId) -> Result<Place>,
@@ -107,7 +109,8 @@ impl Prepare<'_> {
     }
 
     fn weight(&self, key: &Key) -> Result<Address> {
-        let found = self.weights.address(key);
+        let streamed = self.streamed.as_ref().filter(|(streamed, _)| streamed == key);
+        let found = streamed.map(|(_, place)| *place).or_else(|| self.weights.address(key));
         found.ok_or_else(|| Error::device(format!("weights were not loaded: {key:?}")))
     }
 

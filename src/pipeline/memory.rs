@@ -1,0 +1,289 @@
+//! How a phase of a run fits into the device memory there is: which weights stay and which
+//! are streamed, in what pieces the decoder goes and which of its carried frames wait on the
+//! host. Decided from graphs alone, before anything is loaded; results do not depend on it.
+
+use std::collections::{BTreeMap, HashSet};
+
+use crate::exec::Backend;
+use crate::graph::{Graph, Op, Residency, matrices};
+use crate::tensor::DType;
+use crate::{Error, Result};
+
+/// Device memory besides arena, weights, inputs and states: work space of libraries and their
+/// kernels, tables, pixels on their way back, and what the driver rounds up.
+const MARGIN: u64 = 192 << 20;
+/// Bytes that may wait for their nodes, from comfortable to just in time.
+const AHEAD: [u64; 5] = [512 << 20, 256 << 20, 128 << 20, 32 << 20, 0];
+/// Steps in which the resident part of the weights is chosen.
+const STEPS: u64 = 64;
+/// Pinned memory of the ring that uploads go through.
+const RING: u64 = 64 << 20;
+
+/// How the graphs of one session lie in memory.
+#[derive(Debug, Clone, Default)]
+pub struct Fit {
+    /// What stays on the device.
+    pub residency: Residency,
+    /// See [`crate::models::vae::Window::at_once`].
+    pub at_once: usize,
+    /// Peak of all intermediates and of what comes in for them, in bytes.
+    pub arena_bytes: u64,
+    /// Inputs, constants and carried frames that stay, in bytes.
+    pub persistent_bytes: u64,
+    /// Weights that stay, in bytes.
+    pub resident_bytes: u64,
+    /// Everything on the device, the context of the driver excepted, in bytes.
+    pub device_bytes: u64,
+    /// Page-locked memory of the host, in bytes.
+    pub pinned_bytes: u64,
+}
+
+impl Fit {
+    /// Fails if the fit needs more than `backend` has.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Memory`] naming the phase and what it needs.
+    pub fn require(&self, backend: &dyn Backend, phase: &str) -> Result<()> {
+        match budget(backend) {
+            Some(budget) if self.device_bytes > budget => {
+                let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+                let error = Error::memory(format!(
+                    "{phase} needs {:.2} GiB of GPU memory at least, {:.2} GiB can be had",
+                    gib(self.device_bytes),
+                    gib(budget)
+                ));
+                Err(error.hint(
+                    "allow more with --max-vram, close other programs that use the GPU, or make \
+                     the video smaller or shorter; `pyraflow plan --max-vram` shows what it takes",
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What graphs may take on `backend`, `None` where weights are not copied and nothing can be
+/// left out.
+fn budget(backend: &dyn Backend) -> Option<u64> {
+    backend.free_memory().filter(|_| backend.copies_weights())
+}
+
+/// Which weights are streamed even where there is room for them, because each run of the
+/// session needs them once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Once {
+    /// None.
+    Nothing,
+    /// All of them.
+    Everything,
+    /// Those of the first graph.
+    FirstGraph,
+}
+
+/// Fits graphs of one session, which are run one at a time, by streaming weights. Of what is
+/// too much for the device the part that stays is spread evenly, so that transfers are, too.
+/// If nothing fits, the fit is the smallest there is.
+pub fn stream_weights(graphs: &[&Graph], once: Once, backend: &dyn Backend) -> Fit {
+    let weights = Weights::of(graphs);
+    let names = |graph: &Graph| -> HashSet<String> {
+        graph.nodes().iter().filter_map(|node| first_matrix(graph, node)).collect()
+    };
+    let always = match (once, graphs.first()) {
+        (Once::Nothing, _) | (_, None) => HashSet::new(),
+        (Once::FirstGraph, Some(first)) => names(first),
+        (Once::Everything, _) => graphs.iter().flat_map(|g| names(g)).collect(),
+    };
+    let fit = |part: u64, ahead: u64| {
+        let streamed = weights.streamed(&always, part);
+        let ahead = if streamed.is_empty() { 0 } else { ahead };
+        let residency = Residency::new(streamed, HashSet::new(), ahead);
+        let mut fit = measure(graphs, &weights, residency, usize::MAX, backend);
+        if once == Once::FirstGraph {
+            // Its states stay beside the other graphs.
+            let first = backend.plan(graphs[0], &Residency::default()).persistent_bytes();
+            fit.persistent_bytes += first;
+            fit.device_bytes += first;
+        }
+        fit
+    };
+    let Some(budget) = budget(backend) else { return fit(STEPS, 0) };
+    for part in [STEPS, 0] {
+        for ahead in AHEAD {
+            let found = fit(part, ahead);
+            if found.device_bytes > budget {
+                continue;
+            }
+            // As much may stay as there is room for beside what is on its way.
+            let (mut low, mut high) = (part, STEPS);
+            let mut best = found;
+            while low < high {
+                let middle = (low + high).div_ceil(2);
+                let more = fit(middle, ahead);
+                if more.device_bytes <= budget {
+                    (low, best) = (middle, more);
+                } else {
+                    high = middle - 1;
+                }
+            }
+            return best;
+        }
+    }
+    fit(0, 0)
+}
+
+/// Fits the decoder, whose windows `record` gives for a number of frames at once: in as large
+/// pieces as there is room for, then with carried frames on the host, those first that come
+/// and go least. If nothing fits, the fit is the smallest there is.
+///
+/// # Errors
+/// Those of `record`.
+pub fn stream_states(
+    record: impl Fn(usize) -> Result<Vec<Graph>>,
+    backend: &dyn Backend,
+) -> Result<Fit> {
+    let mut graphs = Vec::new();
+    for at_once in [usize::MAX, 2, 1] {
+        graphs = record(at_once)?;
+        let refs: Vec<&Graph> = graphs.iter().collect();
+        let fit = measure(&refs, &Weights::of(&refs), Residency::default(), at_once, backend);
+        if budget(backend).is_none_or(|budget| fit.device_bytes <= budget) {
+            return Ok(fit);
+        }
+    }
+    let refs: Vec<&Graph> = graphs.iter().collect();
+    let weights = Weights::of(&refs);
+    let order = states_by_traffic(&refs);
+    let budget = budget(backend).unwrap_or(u64::MAX);
+    let fit = |count: usize, ahead: u64| {
+        let hosted = order[..count].iter().cloned().collect();
+        measure(&refs, &weights, Residency::new(HashSet::new(), hosted, ahead), 1, backend)
+    };
+    // Room for what is on its way is worth more than a few states less on the host.
+    for ahead in [1 << 30, 512 << 20, 256 << 20, 0] {
+        if fit(order.len(), ahead).device_bytes > budget {
+            continue;
+        }
+        let count = (1..order.len()).find(|&count| fit(count, ahead).device_bytes <= budget);
+        return Ok(fit(count.unwrap_or(order.len()), ahead));
+    }
+    Ok(fit(order.len(), 0))
+}
+
+/// The name of the first matrix of `node` that could be streamed.
+fn first_matrix(graph: &Graph, node: &crate::graph::Node) -> Option<String> {
+    matrices(node).first().map(|w| graph.weights()[w.index()].name.clone())
+}
+
+/// States of `graphs`, those first that are used least often.
+fn states_by_traffic(graphs: &[&Graph]) -> Vec<String> {
+    let mut uses: BTreeMap<String, usize> = BTreeMap::new();
+    for graph in graphs {
+        let mut here: BTreeMap<&str, usize> = BTreeMap::new();
+        for state in graph.nodes().iter().filter_map(|node| node.state) {
+            *here.entry(&graph.tensor(state).name).or_default() += 1;
+        }
+        for (name, count) in here {
+            let most = uses.entry(name.to_string()).or_default();
+            *most = count.max(*most);
+        }
+    }
+    let mut order: Vec<(usize, String)> = uses.into_iter().map(|(name, n)| (n, name)).collect();
+    order.sort();
+    order.into_iter().map(|(_, name)| name).collect()
+}
+
+/// The weights of a session.
+struct Weights {
+    total: u64,
+    /// Matrices that are used side by side, by the name of the first, in the order in which
+    /// they are used.
+    matrices: Vec<(String, u64)>,
+}
+
+impl Weights {
+    fn of(graphs: &[&Graph]) -> Weights {
+        let mut bytes: BTreeMap<&str, u64> = BTreeMap::new();
+        let mut matrices_of: Vec<(String, u64)> = Vec::new();
+        let mut seen = HashSet::new();
+        for graph in graphs {
+            let elements = |w: usize| graph.weights()[w].shape.iter().product::<usize>() as u64;
+            for (i, weight) in graph.weights().iter().enumerate() {
+                bytes.insert(&weight.name, elements(i) * DType::Bf16.bytes() as u64);
+            }
+            for node in graph.nodes() {
+                if let Op::AddPositionTable { table, .. } = node.op {
+                    // Added in f32.
+                    let name = &graph.weights()[table.index()].name;
+                    bytes.insert(name, elements(table.index()) * DType::F32.bytes() as u64);
+                }
+                let Some(name) = first_matrix(graph, node).filter(|n| seen.insert(n.clone()))
+                else {
+                    continue;
+                };
+                let sum: u64 = matrices(node).iter().map(|w| elements(w.index())).sum();
+                matrices_of.push((name, sum * DType::Bf16.bytes() as u64));
+            }
+        }
+        Weights { total: bytes.values().sum(), matrices: matrices_of }
+    }
+
+    /// Streams `always` and of the others so many that `part` of [`STEPS`] bytes stay.
+    fn streamed(&self, always: &HashSet<String>, part: u64) -> HashSet<String> {
+        let mut streamed = always.clone();
+        let mut credit = 0;
+        for (name, bytes) in self.matrices.iter().filter(|(name, _)| !always.contains(name)) {
+            credit += bytes * part;
+            if credit >= bytes * STEPS {
+                credit -= bytes * STEPS;
+            } else {
+                streamed.insert(name.clone());
+            }
+        }
+        streamed
+    }
+}
+
+/// What `graphs` take with this residency.
+fn measure(
+    graphs: &[&Graph],
+    weights: &Weights,
+    residency: Residency,
+    at_once: usize,
+    backend: &dyn Backend,
+) -> Fit {
+    let plans = graphs.iter().map(|graph| backend.plan(graph, &residency));
+    let (mut arena_bytes, mut persistent_bytes) = (0, 0);
+    for plan in plans {
+        arena_bytes = plan.arena_bytes().max(arena_bytes);
+        persistent_bytes = plan.persistent_bytes().max(persistent_bytes);
+    }
+    let is_streamed = |(name, bytes): &(String, u64)| {
+        if residency.streams(name) { *bytes } else { 0 }
+    };
+    let resident_bytes = weights.total - weights.matrices.iter().map(is_streamed).sum::<u64>();
+    let hosted = hosted_bytes(graphs, &residency);
+    Fit {
+        at_once,
+        arena_bytes,
+        persistent_bytes,
+        resident_bytes,
+        device_bytes: arena_bytes + persistent_bytes + resident_bytes + MARGIN,
+        pinned_bytes: RING + hosted,
+        residency,
+    }
+}
+
+/// Bytes of the states that are kept on the host.
+fn hosted_bytes(graphs: &[&Graph], residency: &Residency) -> u64 {
+    let mut states = BTreeMap::new();
+    for graph in graphs {
+        for state in graph.nodes().iter().filter_map(|node| node.state) {
+            let tensor = graph.tensor(state);
+            if residency.hosts(&tensor.name) {
+                let bytes = (tensor.len() * tensor.dtype.bytes()) as u64;
+                states.insert((tensor.name.clone(), bytes), bytes);
+            }
+        }
+    }
+    states.values().sum()
+}

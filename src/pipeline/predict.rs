@@ -1,0 +1,102 @@
+//! How long a graph takes on a machine that is known by its rates only.
+//!
+//! A node takes as long as its arithmetic or its memory traffic, whichever is longer; what
+//! comes in from the host and goes out again runs beside the nodes, one transfer after another
+//! in each direction, from when the plan has a place for it. A model of where time goes, not
+//! of kernels: it is fitted to one machine by the rates measured there.
+
+use std::ops::{AddAssign, Mul};
+
+use serde::Serialize;
+
+use crate::graph::{Graph, Node, Plan, StagedWhat};
+use crate::tensor::DType;
+
+/// What a machine can do.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Machine {
+    /// Floating-point operations per second of matrix products, as reached.
+    pub flops: f64,
+    /// Bytes per second of the device's memory, read and written ones counted, as reached.
+    pub memory: f64,
+    /// Bytes per second between host and device, in each direction.
+    pub link: f64,
+}
+
+/// Seconds that a run is predicted to take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Predicted {
+    /// With everything that comes in from the host.
+    pub seconds: f64,
+    /// If everything stayed on the device.
+    pub resident_seconds: f64,
+}
+
+impl AddAssign for Predicted {
+    fn add_assign(&mut self, other: Predicted) {
+        self.seconds += other.seconds;
+        self.resident_seconds += other.resident_seconds;
+    }
+}
+
+impl Mul<f64> for Predicted {
+    type Output = Predicted;
+
+    fn mul(self, times: f64) -> Predicted {
+        Predicted { seconds: self.seconds * times, resident_seconds: self.resident_seconds * times }
+    }
+}
+
+/// Seconds between the starts of two kernels.
+const LAUNCH: f64 = 3e-6;
+
+/// Predicts one run of `graph`.
+pub(super) fn predict(graph: &Graph, plan: &Plan, machine: &Machine) -> Predicted {
+    let stages = plan.stages();
+    let mut arrived = vec![0.0; stages.len()];
+    let mut stored = vec![0.0; stages.len()];
+    let (mut now, mut inward, mut outward) = (0.0f64, 0.0f64, 0.0f64);
+    let mut resident_seconds = 0.0;
+    for (index, node) in graph.nodes().iter().enumerate() {
+        for (staged, arrived) in stages.iter().zip(&mut arrived) {
+            let comes = staged.what == StagedWhat::Weights || graph.continues(staged.node);
+            if staged.nodes.start == index && comes {
+                inward = inward.max(now) + staged.bytes as f64 / machine.link;
+                *arrived = inward;
+            }
+        }
+        for (k, staged) in stages.iter().enumerate() {
+            if staged.nodes.end == index {
+                now = now.max(stored[k]);
+            }
+            if staged.node == index {
+                now = now.max(arrived[k]);
+            }
+        }
+        let takes = seconds_of(graph, node, machine);
+        now += takes;
+        resident_seconds += takes;
+        for (k, staged) in stages.iter().enumerate().filter(|(_, s)| s.node == index) {
+            if staged.what != StagedWhat::Weights {
+                outward = outward.max(now) + staged.bytes as f64 / machine.link;
+                stored[k] = outward;
+            }
+        }
+    }
+    Predicted { seconds: now, resident_seconds }
+}
+
+fn seconds_of(graph: &Graph, node: &Node, machine: &Machine) -> f64 {
+    let bytes = |id: &crate::graph::TensorId| {
+        let tensor = graph.tensor(*id);
+        tensor.len() * tensor.dtype.bytes()
+    };
+    let tensors: usize = node.inputs.iter().chain([&node.output]).map(bytes).sum();
+    let weights: usize = crate::graph::matrices(node)
+        .iter()
+        .map(|w| graph.weights()[w.index()].shape.iter().product::<usize>() * DType::Bf16.bytes())
+        .sum();
+    let traffic = (tensors + weights) as f64 / machine.memory;
+    let arithmetic = node.op.flops(graph, node) as f64 / machine.flops;
+    traffic.max(arithmetic) + LAUNCH
+}
