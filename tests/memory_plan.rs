@@ -1,11 +1,14 @@
 //! Properties of memory plans, on random graphs and on the real models.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 use pyraflow::checkpoint::Family;
 use pyraflow::exec::{Backend, Cpu};
-use pyraflow::graph::{Activation, Epilogue, Graph, Op, Plan, Residency, TensorId};
+use pyraflow::graph::{
+    Activation, Epilogue, Graph, Op, Plan, Residency, Staged, StagedWhat, TensorId, matrices,
+};
 use pyraflow::models::dit::{Clip, Geometry, StepOutput};
 use pyraflow::models::vae::{Window, record_decoder};
 use pyraflow::pipeline::{Networks, record_step};
@@ -138,6 +141,32 @@ fn check_no_overlap(g: &Graph, plan: &Plan) {
     }
 }
 
+/// Checks what comes in from the host against everything that is alive at the same time.
+fn check_stages(g: &Graph, plan: &Plan) {
+    let stages = plan.stages();
+    let apart = |a: &Staged, offset: u64, bytes: u64| {
+        a.offset + a.bytes <= offset || offset + bytes <= a.offset
+    };
+    let together = |a: &Range<usize>, b: &Range<usize>| a.start < b.end && b.start < a.end;
+    for (i, a) in stages.iter().enumerate() {
+        assert!(a.nodes.contains(&a.node) && a.offset + a.bytes <= plan.arena_bytes(), "{a:?}");
+        for l in plan.lifetimes().iter().filter(|l| together(&l.nodes, &a.nodes)) {
+            assert!(apart(a, l.offset, l.bytes), "{a:?} and {l:?} overlap");
+        }
+        for b in stages[i + 1..].iter().filter(|b| together(&b.nodes, &a.nodes)) {
+            assert!(apart(a, b.offset, b.bytes), "{a:?} and {b:?} overlap");
+        }
+        let name = |s: &Staged| match s.what {
+            StagedWhat::State(id) => Some(g.tensor(id).name.clone()),
+            StagedWhat::Weights => None,
+        };
+        if let Some(before) = stages[..i].iter().rfind(|b| name(a).is_some() && name(b) == name(a))
+        {
+            assert!(a.nodes.start > before.node, "{a:?} comes in before {before:?} was used");
+        }
+    }
+}
+
 /// The largest sum of what is alive at one node: no plan without hand-overs can be smaller.
 fn largest_live_set(plan: &Plan, nodes: usize) -> u64 {
     let alive = |n| plan.lifetimes().iter().filter(move |l| l.nodes.contains(&n));
@@ -180,6 +209,32 @@ fn real_graphs(family: Family) -> Vec<Graph> {
     let window = Window { continues: true, carries: true, ..Window::whole(1, 96, 160) };
     let decoder = record_decoder(&networks.vae, window, DType::Bf16);
     vec![step.expect("graph"), decoder.expect("graph")]
+}
+
+#[test]
+fn plans_of_the_real_models_with_nothing_that_stays() {
+    let mut graphs = real_graphs(Family::Sd3);
+    let window = Window { continues: true, carries: true, at_once: 1, ..Window::whole(1, 96, 160) };
+    let vae = Networks::published(Family::Sd3).vae;
+    graphs.push(record_decoder(&vae, window, DType::Bf16).expect("graph"));
+    for g in graphs {
+        let mut arena = u64::MAX;
+        for ahead in [1 << 40, 512 << 20, 64 << 20, 0] {
+            let plan = Plan::staged(&g, DType::bytes, &Residency::nothing_stays(ahead));
+            check_stages(&g, &plan);
+            let used = g.nodes().iter().filter(|n| n.state.is_some() || !matrices(n).is_empty());
+            assert_eq!(plan.stages().len(), used.count());
+            // Waiting at one node: what may, and the one that is needed, however large.
+            let most = plan.stages().iter().map(|s| s.bytes).max().unwrap_or(0).max(ahead);
+            for node in 0..g.nodes().len() {
+                let waiting =
+                    plan.stages().iter().filter(|s| (s.nodes.start..=s.node).contains(&node));
+                assert!(waiting.map(|s| s.bytes).sum::<u64>() <= most);
+            }
+            assert!(plan.arena_bytes() <= arena, "less ahead takes no more memory");
+            arena = plan.arena_bytes();
+        }
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ mod cpu;
 pub mod cuda;
 mod imagined;
 
-pub use cpu::{Cpu, Operand, available_memory, gemm_into, total_memory};
+pub use cpu::{Cpu, Operand, anonymous_memory, available_memory, gemm_into, total_memory};
 pub use cuda::{CONTEXT_BYTES, Cuda};
 pub use imagined::ImaginedGpu;
 

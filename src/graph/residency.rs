@@ -14,6 +14,8 @@ use super::{Graph, Node, Op, WeightId};
 pub struct Residency {
     streamed: HashSet<String>,
     hosted: HashSet<String>,
+    /// Whether nothing stays, whatever is named.
+    none: bool,
     ahead: u64,
 }
 
@@ -22,27 +24,29 @@ impl Residency {
     /// that are named on the host. What is needed next may come in early while at most
     /// `ahead` bytes wait for their nodes.
     pub fn new(streamed: HashSet<String>, hosted: HashSet<String>, ahead: u64) -> Residency {
-        Residency { streamed, hosted, ahead }
+        Residency { streamed, hosted, none: false, ahead }
+    }
+
+    /// Streams every matrix and keeps every state on the host.
+    pub fn nothing_stays(ahead: u64) -> Residency {
+        Residency { none: true, ahead, ..Residency::default() }
     }
 
     /// The matrices that `node` of `graph` needs brought in for it.
     pub fn streamed<'a>(&self, graph: &Graph, node: &'a Node) -> Vec<WeightId> {
-        if self.streamed.is_empty() {
-            return Vec::new();
-        }
         let matrices = matrices(node);
         let first = matrices.first().map(|w| graph.weights()[w.index()].name.as_str());
-        if first.is_some_and(|name| self.streamed.contains(name)) { matrices } else { Vec::new() }
+        if first.is_some_and(|name| self.streams(name)) { matrices } else { Vec::new() }
     }
 
     /// Whether the matrices that begin with the one called `name` are streamed.
     pub fn streams(&self, name: &str) -> bool {
-        self.streamed.contains(name)
+        self.none || self.streamed.contains(name)
     }
 
     /// Whether the state called `name` is kept on the host.
     pub fn hosts(&self, name: &str) -> bool {
-        self.hosted.contains(name)
+        self.none || self.hosted.contains(name)
     }
 
     /// Bytes that may wait for their nodes.
@@ -52,7 +56,7 @@ impl Residency {
 
     /// Whether everything stays in device memory.
     pub fn is_full(&self) -> bool {
-        self.streamed.is_empty() && self.hosted.is_empty()
+        !self.none && self.streamed.is_empty() && self.hosted.is_empty()
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use half::bf16;
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use super::memory::{Once, stream_weights};
 use super::plan::{fit_decoder, fit_transformer};
@@ -16,7 +17,7 @@ use super::vae::Vae;
 use super::{Networks, Request, transformer};
 use crate::Result;
 use crate::checkpoint::Component;
-use crate::exec::{Backend, Session};
+use crate::exec::{Backend, Session, anonymous_memory};
 use crate::graph::Graph;
 use crate::models::dit::StepOutput;
 use crate::models::vae::{Window, record_decoder};
@@ -30,7 +31,7 @@ use crate::text::{CLIP_LENGTH, T5_LENGTH};
 const TEXT_TOKENS: [usize; 2] = [57, 40];
 
 /// One phase of a measured run.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct PhaseTime {
     /// Which phase.
     pub name: &'static str,
@@ -42,6 +43,10 @@ pub struct PhaseTime {
     pub flops: u64,
     /// Memory of the device in use at the end of the phase, in bytes, if it can be told.
     pub memory: Option<u64>,
+    /// Memory of the host that no file stands behind, in bytes, at that time.
+    pub host_memory: Option<u64>,
+    /// Page-locked memory of the host among it, or beside it, in bytes.
+    pub pinned: u64,
 }
 
 /// What one kind of op takes in one graph.
@@ -66,6 +71,8 @@ pub struct Measured {
     pub phases: Vec<PhaseTime>,
     /// What the ops take in the graphs of the last unit.
     pub ops: Vec<OpTime>,
+    /// A hash of all latents and of the first frames: the same where the results are.
+    pub digest: String,
 }
 
 /// Where the weights of a component come from.
@@ -85,7 +92,7 @@ pub fn measure(
 ) -> Result<Measured> {
     let free = backend.free_memory();
     let used = || Some(free?.saturating_sub(backend.free_memory()?));
-    let mut measured = Measured { phases: Vec::new(), ops: Vec::new() };
+    let mut measured = Measured { phases: Vec::new(), ops: Vec::new(), digest: String::new() };
     let mut add = |measured: &mut Measured, phase: PhaseTime| {
         phase_done(&phase);
         measured.phases.push(phase);
@@ -108,12 +115,10 @@ pub fn measure(
     let mut noise = PhiloxNoise { seed: request.seed };
     let latents = sample(&settings, Vec::new(), &mut denoiser, &mut noise, &mut Silent)?;
     let seconds = clock.elapsed().as_secs_f64();
-    let memory = used();
+    let (memory, host_memory) = (used(), anonymous_memory());
     drop(denoiser);
 
-    let text_tokens: Vec<usize> = prompts.iter().map(|p| p.tokens).collect();
     let mut flops = 0;
-    let fit = fit_transformer(config, &settings, &text_tokens, backend)?;
     let mut session = backend.open_with(transformer, &fit.residency)?;
     for unit in settings.first_unit()..settings.units {
         for stage in 0..STAGES {
@@ -128,8 +133,8 @@ pub fn measure(
         }
     }
     drop(session);
-    let name = "sampling";
-    add(&mut measured, PhaseTime { name, seconds, loading, flops, memory });
+    let (name, pinned) = ("sampling", fit.pinned_bytes);
+    add(&mut measured, PhaseTime { name, seconds, loading, flops, memory, host_memory, pinned });
     decode(networks, weights, backend, &latents, &used, &mut measured, add)?;
     Ok(measured)
 }
@@ -149,7 +154,7 @@ fn text(
         let graph = clip::record(config, CLIP_LENGTH, dtype)?;
         encoders.push((component, graph, Once::Nothing, 2));
     }
-    let mut phase = PhaseTime { name: "text", seconds: 0.0, loading: 0.0, flops: 0, memory: None };
+    let mut phase = PhaseTime { name: "text", ..PhaseTime::default() };
     for (component, graph, once, times) in encoders {
         phase.flops += graph.flops() * times as u64;
         let weights = weights(component)?;
@@ -161,6 +166,8 @@ fn text(
         phase.loading += clock.elapsed().as_secs_f64();
         phase.seconds += session.time(graph, times)?.iter().sum::<f64>();
         phase.memory = phase.memory.max(used());
+        phase.host_memory = phase.host_memory.max(anonymous_memory());
+        phase.pinned = phase.pinned.max(fit.pinned_bytes);
     }
     Ok(phase)
 }
@@ -197,12 +204,22 @@ fn decode(
 
     let mut decoder = Vae::new(backend, &networks.vae, weights);
     // Weights and plans come with the first windows.
-    decoder.decode(&latents[..latents.len().min(2)], None, |_| Ok(()))?;
+    let mut hash = Sha256::new();
+    for latent in latents {
+        hash.update(bytemuck::cast_slice::<f32, u8>(latent.data()));
+    }
+    decoder.decode(&latents[..latents.len().min(3)], None, |frame| {
+        hash.update(frame.data());
+        Ok(())
+    })?;
+    measured.digest = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     let loading = clock.elapsed().as_secs_f64();
     let clock = Instant::now();
     decoder.decode(latents, None, |_| Ok(()))?;
     let seconds = clock.elapsed().as_secs_f64();
-    let phase = PhaseTime { name: "decoding", seconds, loading, flops, memory: used() };
+    let (memory, host_memory, pinned) = (used(), anonymous_memory(), fit.pinned_bytes);
+    let name = "decoding";
+    let phase = PhaseTime { name, seconds, loading, flops, memory, host_memory, pinned };
     add(measured, phase);
     Ok(())
 }

@@ -158,15 +158,13 @@ pub fn stream_states(
         let hosted = order[..count].iter().cloned().collect();
         measure(&refs, &weights, Residency::new(HashSet::new(), hosted, ahead), 1, backend)
     };
-    // Room for what is on its way is worth more than a few states less on the host.
-    for ahead in [1 << 30, 512 << 20, 256 << 20, 0] {
-        if fit(order.len(), ahead).device_bytes > budget {
-            continue;
-        }
-        let count = (1..order.len()).find(|&count| fit(count, ahead).device_bytes <= budget);
-        return Ok(fit(count.unwrap_or(order.len()), ahead));
-    }
-    Ok(fit(order.len(), 0))
+    let fits = |ahead: u64| {
+        (1..=order.len()).map(|count| fit(count, ahead)).find(|f| f.device_bytes <= budget)
+    };
+    // More room for what is on its way leaves less for what stays.
+    let overlapped = [1 << 30, 512 << 20, 256 << 20].into_iter().filter_map(fits);
+    let best = overlapped.min_by_key(|fit| fit.pinned_bytes);
+    Ok(best.or_else(|| fits(0)).unwrap_or_else(|| fit(order.len(), 0)))
 }
 
 /// The name of the first matrix of `node` that could be streamed.
@@ -174,20 +172,23 @@ fn first_matrix(graph: &Graph, node: &crate::graph::Node) -> Option<String> {
     matrices(node).first().map(|w| graph.weights()[w.index()].name.clone())
 }
 
-/// States of `graphs`, those first that are used least often.
+/// States of `graphs`, those first that are used least often, and of these the smallest: large
+/// ones are hard to hide.
 fn states_by_traffic(graphs: &[&Graph]) -> Vec<String> {
-    let mut uses: BTreeMap<String, usize> = BTreeMap::new();
+    let mut uses: BTreeMap<String, (usize, usize)> = BTreeMap::new();
     for graph in graphs {
-        let mut here: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut here: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
         for state in graph.nodes().iter().filter_map(|node| node.state) {
-            *here.entry(&graph.tensor(state).name).or_default() += 1;
+            let tensor = graph.tensor(state);
+            let (count, elements) = here.entry(&tensor.name).or_default();
+            (*count, *elements) = (*count + 1, tensor.len());
         }
-        for (name, count) in here {
+        for (name, found) in here {
             let most = uses.entry(name.to_string()).or_default();
-            *most = count.max(*most);
+            *most = found.max(*most);
         }
     }
-    let mut order: Vec<(usize, String)> = uses.into_iter().map(|(name, n)| (n, name)).collect();
+    let mut order: Vec<_> = uses.into_iter().map(|(name, uses)| (uses, name)).collect();
     order.sort();
     order.into_iter().map(|(_, name)| name).collect()
 }

@@ -66,16 +66,21 @@ impl Cpu {
 
 /// Memory that processes may still take, in bytes, where the system says so.
 pub fn available_memory() -> Option<u64> {
-    memory_info("MemAvailable:")
+    memory_info("/proc/meminfo", "MemAvailable:")
 }
 
 /// All memory of the machine, in bytes, where the system says so.
 pub fn total_memory() -> Option<u64> {
-    memory_info("MemTotal:")
+    memory_info("/proc/meminfo", "MemTotal:")
 }
 
-fn memory_info(name: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+/// Memory of this process that no file stands behind, in bytes, where the system says so.
+pub fn anonymous_memory() -> Option<u64> {
+    memory_info("/proc/self/status", "RssAnon:")
+}
+
+fn memory_info(file: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
