@@ -132,6 +132,11 @@ impl Plan {
         self.by_root[root.index()].map(|i| &self.lifetimes[i])
     }
 
+    /// The place of a state that is kept on the host, for the node that uses it.
+    pub fn staged_state(&self, state: TensorId) -> Option<&Staged> {
+        self.staged.iter().find(|staged| staged.what == StagedWhat::State(state))
+    }
+
     /// What comes in from the host, in the order of the nodes.
     pub fn stages(&self) -> &[Staged] {
         &self.staged
@@ -163,13 +168,13 @@ fn persistent_bytes(
     residency: &Residency,
     bytes_of: &dyn Fn(TensorId) -> u64,
 ) -> u64 {
+    let carried: HashSet<TensorId> = graph.nodes().iter().filter_map(|node| node.state).collect();
     let mut states = HashSet::new();
     let mut counts = |id: TensorId| {
         let tensor = graph.tensor(id);
         match &tensor.role {
-            Role::State => {
-                !residency.hosts(&tensor.name) && states.insert((&tensor.name, bytes_of(id)))
-            }
+            Role::State if carried.contains(&id) && residency.hosts(&tensor.name) => false,
+            Role::State => states.insert((&tensor.name, bytes_of(id))),
             role => !in_arena(role),
         }
     };

@@ -2,8 +2,8 @@
 //!
 //! Encoder and decoder are recorded for one *window* of a video. A window that does not
 //! start the video continues from the frames its convolutions carried, which gives exactly
-//! the result of the whole video at once. Within a window the decoder can take its larger
-//! levels in pieces of a few frames in the same way.
+//! the result of the whole video at once. Within a window the decoder can take its last
+//! level, the largest by far, in pieces of a few frames in the same way.
 
 use std::sync::Arc;
 
@@ -31,8 +31,8 @@ pub struct Window {
     pub continues: bool,
     /// Whether the next window continues this one.
     pub carries: bool,
-    /// Most frames that the decoder's levels take at once, before the last of them doubles
-    /// them: fewer take less memory and give the same bits.
+    /// Most frames that the decoder brings to its last level at once, which doubles them: fewer
+    /// take less memory and give the same bits.
     pub at_once: usize,
 }
 
@@ -88,22 +88,22 @@ impl UpBlocks<'_> {
         if b + 1 == self.channels.len() {
             return self.finish(r, x);
         }
-        let space = Conv { shuffle: Shuffle::Space, ..Conv::same() };
-        x = r.conv(&format!("{name}.upsamplers.0.conv.conv"), x, 4 * width, space)?;
-        let shuffle = Shuffle::Time { drop_first: !r.window.continues };
-        let time = Conv { shuffle, ..Conv::same() };
-        x = r.conv(&format!("{name}.temporal_upsamplers.0.conv.conv"), x, 2 * width, time)?;
-
         let whole = r.window;
         let frames = r.g.tensor(x).shape[0];
         let last = b + 2 == self.channels.len();
-        let piece = if last { frames } else { frames.min(whole.at_once.max(1)) };
+        let piece = if last { frames.min(whole.at_once.max(1)) } else { frames };
         for start in (0..frames).step_by(piece) {
             let end = frames.min(start + piece);
             r.window.continues = whole.continues || start > 0;
             r.window.carries = whole.carries || end < frames;
             let part = if piece == frames { x } else { r.g.frames(x, start..end) };
-            self.record(r, b + 1, part)?;
+            let space = Conv { shuffle: Shuffle::Space, ..Conv::same() };
+            let y = r.conv(&format!("{name}.upsamplers.0.conv.conv"), part, 4 * width, space)?;
+            let shuffle = Shuffle::Time { drop_first: !r.window.continues };
+            let time = Conv { shuffle, ..Conv::same() };
+            let name = format!("{name}.temporal_upsamplers.0.conv.conv");
+            let y = r.conv(&name, y, 2 * width, time)?;
+            self.record(r, b + 1, y)?;
         }
         r.window = whole;
         Ok(())

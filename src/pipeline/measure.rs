@@ -108,7 +108,10 @@ pub fn measure(
     let dtype = backend.activations();
 
     let clock = Instant::now();
-    let session = transformer::open(backend, transformer.clone(), config, &prompts, &settings)?;
+    let text_tokens: Vec<usize> = prompts.iter().map(|p| p.tokens).collect();
+    let fit = fit_transformer(config, &settings, &text_tokens, backend)?;
+    fit.require(backend, "sampling")?;
+    let session = backend.open_with(transformer.clone(), &fit.residency)?;
     let mut denoiser = Transformer::new(config, session, dtype, &prompts, &settings)?;
     let loading = clock.elapsed().as_secs_f64();
     let clock = Instant::now();

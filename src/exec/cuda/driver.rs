@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::{result, sys};
+use memmap2::MmapMut;
+use rayon::prelude::*;
 
 use crate::{Error, Result};
 
@@ -332,47 +334,53 @@ impl Drop for DeviceMemory {
 }
 
 /// Page-locked host memory, which the copy engine reads and writes directly.
+///
+/// Mapped in large pages where the system has them and touched on all threads before it is
+/// locked: the driver's own allocation takes seconds for gigabytes.
 pub(super) struct PinnedMemory {
     context: Arc<Context>,
-    start: *mut u8,
-    bytes: usize,
+    memory: MmapMut,
 }
 
-// SAFETY: the memory is owned.
-unsafe impl Send for PinnedMemory {}
-
 impl PinnedMemory {
+    /// What one thread touches at a time: a large page.
+    const PAGE: usize = 2 << 20;
+
     pub fn new(context: &Arc<Context>, bytes: usize) -> Result<PinnedMemory> {
+        let fail = |e| {
+            Error::memory(format!("the host has no memory left to lock ({bytes} bytes)")).because(e)
+        };
+        let mut memory = MmapMut::map_anon(bytes.max(1)).map_err(fail)?;
+        // Only a wish: small pages do as well, more slowly.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        memory.par_chunks_mut(Self::PAGE).for_each(|page| page.fill(0));
         context.bind()?;
-        // SAFETY: the context is current.
-        let start = unsafe { result::malloc_host(bytes.max(1), 0) };
-        let start = check("pinned host memory", start)?.cast::<u8>();
-        // Initialised once, so that it may be seen as a slice.
-        // SAFETY: just allocated with this size.
-        unsafe { start.write_bytes(0, bytes) };
-        Ok(PinnedMemory { context: context.clone(), start, bytes })
+        let start = memory.as_mut_ptr().cast();
+        // SAFETY: the context is current, and the memory is mapped until `drop` unlocks it.
+        let answer = unsafe { sys::cuMemHostRegister_v2(start, memory.len(), 0) };
+        check("locking host memory", answer.result())?;
+        Ok(PinnedMemory { context: context.clone(), memory })
     }
 
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.memory.len()
     }
 
     pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: owned and initialised.
-        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
+        &self.memory
     }
 
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: owned, initialised and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+        &mut self.memory
     }
 }
 
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
         let _ = self.context.bind();
-        // SAFETY: allocated in `new`, freed once.
-        let _ = unsafe { result::free_host(self.start.cast()) };
+        // SAFETY: locked in `new`, unlocked once, before the memory is unmapped.
+        let _ = unsafe { sys::cuMemHostUnregister(self.memory.as_mut_ptr().cast()) };
     }
 }
 

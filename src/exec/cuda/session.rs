@@ -108,7 +108,7 @@ impl CudaSession {
     }
 
     /// Allocates what `graph` keeps between runs, and uploads its constants.
-    fn allocate(&mut self, graph: &Graph) -> Result<HashMap<TensorId, Piece>> {
+    fn allocate(&mut self, graph: &Graph, plan: &Plan) -> Result<HashMap<TensorId, Piece>> {
         let mut own = HashMap::new();
         for (i, tensor) in graph.tensors().iter().enumerate() {
             let id = TensorId(i as u32);
@@ -127,7 +127,7 @@ impl CudaSession {
                     }
                     own.insert(id, piece);
                 }
-                Role::State if self.residency.hosts(&tensor.name) => {}
+                Role::State if plan.staged_state(id).is_some() => {}
                 Role::State => {
                     let key = (tensor.name.clone(), bytes);
                     if !self.states.contains_key(&key) {
@@ -202,15 +202,13 @@ impl CudaSession {
         let t = planned.graph.tensor(id);
         let root = planned.graph.tensor(t.root);
         let start = match &root.role {
-            Role::State if self.residency.hosts(&root.name) => {
-                let mut stages = planned.plan.stages().iter();
-                let staged = stages.find(|s| s.what == StagedWhat::State(t.root));
-                staged.map(|s| self.bases()[0] + s.offset)
-            }
-            Role::State => {
-                let key = (root.name.clone(), root.len() * root.dtype.bytes());
-                self.states.get(&key).map(Piece::address)
-            }
+            Role::State => match planned.plan.staged_state(t.root) {
+                Some(staged) => Some(self.bases()[0] + staged.offset),
+                None => {
+                    let key = (root.name.clone(), root.len() * root.dtype.bytes());
+                    self.states.get(&key).map(Piece::address)
+                }
+            },
             _ => planned
                 .own
                 .get(&t.root)
@@ -343,8 +341,8 @@ impl Session for CudaSession {
         let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
         self.weights.load(&graph, &self.residency, &self.context, &self.kernels, &mut uploader)?;
         drop(uploader);
-        let own = self.allocate(&graph)?;
         let plan = Plan::staged(&graph, DType::bytes, &self.residency);
+        let own = self.allocate(&graph, &plan)?;
         let schedule = Schedule::new(&graph, &plan, &self.residency, &self.context)?;
         self.traffic.reserve(&schedule)?;
         let tables =
