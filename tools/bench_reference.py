@@ -23,12 +23,9 @@ every case. The names of its fields are those of `pyraflow bench --json` where t
 """
 
 import argparse
-import datetime
 import itertools
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import time
 
@@ -46,7 +43,6 @@ from reference.tuned import KINDS, Call, Tuned, tune_vae
 SIZES = {"768p": (768, 1280), "384p": (384, 640), "tiny": (64, 128)}
 STEPS, VIDEO_STEPS, VIDEO_GUIDANCE = [20, 20, 20], [10, 10, 10], 5.0
 TIMESTEPS = (900.0, 640.0, 308.0)
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def guidance(family, size):
@@ -66,7 +62,7 @@ class Bench:
             self.published = Published(options.repo.resolve(), self.family, self.scale, self.device, self.dtype)
         self.config = published_pipeline.configs(self.family, self.scale)["transformer"][0]
         self.eager_results, self.medians = {}, {}
-        self.report = {**header(options), "cases": []}
+        self.report = {**published_pipeline.header(options), "cases": []}
 
     def save(self):
         self.report["clips"] = clips(self)
@@ -163,30 +159,14 @@ class Bench:
         return replay
 
 
-def header(options):
-    import diffusers
-    import transformers
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    gpu = options.device == "cuda"
-    driver = subprocess.run(command, capture_output=True, text=True).stdout.strip().split("\n")[0] if gpu else None
-    commit = os.environ.get("PYRAFLOW_COMMIT")
-    if commit is None:
-        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    return {
-        "tool": "tools/bench_reference.py", "commit": commit, "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if gpu else "CPU", "driver": driver, "torch": torch.__version__,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__, "dtype": "bf16" if gpu else "f32", "family": options.family,
-        "weights": "drawn on the device by tools/random_checkpoint.py, seed 1",
-        "published": published_pipeline.describe(options.repo.resolve(), options.repo_commit) if options.repo else None}
-
-
 # Text
 
+def text_encoders(bench):
+    return ["t5", "clip_l"] + (["clip_g"] if bench.family == "sd3" else [])
+
+
 def text(bench, mode):
-    names = ["t5", "clip_l"] + (["clip_g"] if bench.family == "sd3" else [])
-    for name in names:
+    for name in text_encoders(bench):
         def action(name=name):
             model, inputs = bench.build(mode, name), Inputs(name)
             if name == "t5":
@@ -213,8 +193,8 @@ def pooled_of(out):
 
 def text_phase(bench, mode):
     """Prompt and negative prompt, one after the other."""
-    parts = [v for k, v in bench.medians.items() if k[0] == mode and k[1] in ("t5", "clip_l", "clip_g")]
-    if not parts:
+    parts = [bench.medians.get((mode, name)) for name in text_encoders(bench)]
+    if None in parts:
         return []
     memory = max((p["memory"] or 0 for p in parts), default=0)
     return [{"name": "text", "seconds": 2 * sum(p["seconds"] for p in parts), "memory": memory or None}]
@@ -241,17 +221,20 @@ class Eager:
 
 
 class Fast:
-    """The tuned transformer. `ways` says which attention each stage takes, and whether it is captured as a CUDA graph."""
+    """The tuned transformer. A way is a kind of attention, and whether the call is captured as a CUDA graph."""
 
     def __init__(self, bench, model):
         self.tuned = Tuned(model, bench.options.compile)
         self.text = text_inputs(bench.config, bench.device, bench.dtype)
         self.all_ways = list(itertools.product(KINDS, (True, False) if bench.gpu else (False,)))
-        self.ways = [self.all_ways[0]] * STAGES
+        self.chosen = {}  # (latent height of the video, stage) -> way
+
+    def way(self, stage):
+        return self.chosen.get((self.height, stage), self.all_ways[0])
 
     def prepare(self, clips, way=None):
         stage = next((s for s in range(STAGES) if clips[-1].shape[3] << (STAGES - 1 - s) == self.height), 0)
-        kind, graph = way or self.ways[stage]
+        kind, graph = way or self.way(stage)
         call = Call(self.tuned, clips, *self.text, kind)
         return call.capture(clips[-1], torch.tensor(TIMESTEPS[stage], device=clips[-1].device)) if graph else call
 
@@ -271,9 +254,11 @@ def single_calls(bench, mode, runner, size):
     height, width = SIZES[size]
     fields = {"component": "transformer", "variant": size, "height": height, "width": width}
     runner.height = height // 8
-    for units, stage in itertools.product(bench.options.units, range(STAGES)):
+    # The longest history first: it says which way a stage goes.
+    for units, stage in itertools.product(sorted(bench.options.units, reverse=True), range(STAGES)):
         name, costs = f"transformer.stage{stage}.units{units}", {}
-        for way in runner.all_ways if mode == "tuned" else (None,):
+        ways = [None] if mode == "eager" else runner.all_ways if units == max(bench.options.units) else [runner.way(stage)]
+        for way in ways:
             def action():
                 clips = clips_of(bench, size, stage, units)
                 timestep = torch.tensor(TIMESTEPS[stage], device=bench.device)
@@ -287,9 +272,8 @@ def single_calls(bench, mode, runner, size):
             more = {"attention": way[0], "graph": way[1]} if way else {}
             if result := bench.case(mode, name, action, **fields, **more):
                 costs[way] = result["seconds"] * VIDEO_STEPS[stage] + result["preparing_seconds"]
-        if mode == "tuned" and costs:
-            # The longest history comes last, and counts most.
-            runner.ways[stage] = min(costs, key=costs.get)
+        if len(ways) > 1 and costs:
+            runner.chosen[runner.height, stage] = min(costs, key=costs.get)
 
 
 def sample(bench, runner, size, units):
@@ -333,8 +317,8 @@ def from_calls(bench, runner, size, units, driver):
             first_two += part if unit < 2 else 0.0
             del call, clips
     result = {"method": "calls", "preparing_seconds": preparing}
-    if hasattr(runner, "ways"):
-        result["ways"] = [{"attention": kind, "graph": graph} for kind, graph in runner.ways]
+    if driver is None and isinstance(runner, Fast):
+        result["ways"] = [dict(zip(("attention", "graph"), runner.way(stage))) for stage in range(STAGES)]
     if driver is not None:
         _, measured = bench.once(lambda: whole(bench, driver, size, 2))
         result["overhead_per_unit"] = max(measured["seconds"] - first_two, 0.0) / 2
@@ -346,31 +330,24 @@ def whole(bench, driver, size, units):
     return driver.generate(*SIZES[size], units, STEPS, VIDEO_STEPS, guidance(bench.family, size), VIDEO_GUIDANCE)
 
 
-def sampling(bench, mode, runner, size, seconds):
+def sampling(bench, mode, runner, size, seconds, as_whole):
+    """Records the sampling of a clip, run as a whole or from its calls."""
     units, driver = units_of(bench, seconds), None
-    if mode == "eager" and bench.published:
-        driver = Driver(bench.published, transformer=runner.model)
-    runner.height = SIZES[size][0] // 8
-
-    def by_calls():
-        return from_calls(bench, runner, size, units, driver)
-
-    def as_whole():
-        run = (lambda: whole(bench, driver, size, units)) if driver else (lambda: sample(bench, runner, size, units))
-        latents, measured = bench.once(run)
-        return {"method": "whole", **measured, "finite": bool(latents.isfinite().all())}
-
-    results = []
     height, width = SIZES[size]
     fields = {"component": "clip", "variant": size, "height": height, "width": width, "units": units}
-    # The calls of the tuned one are also what brings compiled kernels and plans before the whole run.
-    if mode not in bench.options.whole or mode == "tuned":
-        results.append(bench.case(mode, "sampling", by_calls, **fields))
-    if mode in bench.options.whole:
-        results.append(bench.case(mode, "sampling", as_whole, **fields))
-    found = [r for r in results if r]
-    if found:
-        bench.medians[mode, "sampling", size, seconds] = found[-1]
+    if mode == "eager" and bench.published:
+        driver = Driver(bench.published, transformer=runner.model)
+    runner.height = height // 8
+
+    def run():
+        if not as_whole:
+            return from_calls(bench, runner, size, units, driver)
+        clip = (lambda: whole(bench, driver, size, units)) if driver else (lambda: sample(bench, runner, size, units))
+        latents, measured = bench.once(clip)
+        return {"method": "whole", **measured, "finite": bool(latents.isfinite().all())}
+
+    if result := bench.case(mode, "sampling", run, **fields):
+        bench.medians[mode, "sampling", size, seconds] = result
     if driver and seconds == bench.options.seconds[0]:
         bench.case(mode, "block noise of one unit, the published loop",
                    lambda: {"seconds": driver.loop_seconds(*SIZES[size])}, **fields)
@@ -387,12 +364,17 @@ def transformer(bench, mode):
     if not built:
         return
     runner = (Eager if mode == "eager" else Fast)(bench, built[0])
+    at_once = mode == "eager" and mode in bench.options.whole
+    lengths = bench.options.seconds if "clips" in bench.options.cases else []
     for size in bench.options.sizes:
         if "calls" in bench.options.cases:
             single_calls(bench, mode, runner, size)
-        if "clips" in bench.options.cases:
-            for seconds in bench.options.seconds:
-                sampling(bench, mode, runner, size, seconds)
+        for seconds in lengths:
+            sampling(bench, mode, runner, size, seconds, at_once)
+    # The calls of the tuned one are what brings compiled kernels and plans before the whole run, which replaces their sum.
+    if mode == "tuned" and mode in bench.options.whole:
+        for size, seconds in itertools.product(bench.options.sizes, lengths):
+            sampling(bench, mode, runner, size, seconds, True)
 
 
 # The VAE
@@ -495,7 +477,7 @@ def main():
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     bench = Bench(options)
     bench.save()
-    parts = ((text, {"text"}), (transformer, {"calls", "clips"}), (vae, {"vae"}))
+    parts = ((text, {"text"}), (vae, {"vae"}), (transformer, {"calls", "clips"}))
     for mode, (run, wanted) in itertools.product(options.modes, parts):
         if wanted & set(options.cases):
             # Eager first: should a tuned case break the device, the others are done.

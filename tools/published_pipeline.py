@@ -10,8 +10,11 @@ What differs from the published code, besides what tools/published_calls.py list
   refuses on some machines. `Driver.loop_seconds` times that loop, with a matrix just short of singular.
 """
 
+import datetime
 import hashlib
 import math
+import os
+import pathlib
 import subprocess
 import time
 import types
@@ -86,6 +89,26 @@ def describe(repo, commit):
     for path in sorted(repo.rglob("*.py")):
         digest.update(str(path.relative_to(repo)).encode() + b"\0" + path.read_bytes())
     return {"name": "jy0205/Pyramid-Flow", "commit": commit, "sources_sha256": digest.hexdigest()}
+
+
+def header(options):
+    """What a result file says of the machine and of the programs."""
+    import diffusers
+    import transformers
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    gpu = options.device == "cuda"
+    driver = subprocess.run(command, capture_output=True, text=True).stdout.strip().split("\n")[0] if gpu else None
+    commit = os.environ.get("PYRAFLOW_COMMIT")
+    if commit is None:
+        git = subprocess.run(["git", "-C", str(pathlib.Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    return {
+        "tool": "tools/bench_reference.py", "commit": commit, "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if gpu else "CPU", "driver": driver, "torch": torch.__version__,
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__, "dtype": "bf16" if gpu else "f32", "family": options.family,
+        "weights": "drawn on the device by tools/random_checkpoint.py, seed 1",
+        "published": describe(options.repo.resolve(), options.repo_commit) if options.repo else None}
 
 
 class Published:
