@@ -139,12 +139,13 @@ def scale(name, shape, config):
 
 
 def draw(name, shape, config, seed, device):
+    """The values of a weight in bf16, on the device they were drawn on."""
     if name == "pos_embed.pos_embed":
         return position_table(config).to(torch.bfloat16)
     generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
     mean, deviation = scale(name, shape, config)
     values = torch.randn(shape, generator=generator, device=device)
-    return values.mul_(deviation).add_(mean).to(torch.bfloat16).cpu()
+    return values.mul_(deviation).add_(mean).to(torch.bfloat16)
 
 
 def shards(weights, limit):
@@ -170,7 +171,7 @@ def write(folder, config, make, file, seed, device):
     home = {}
     for i, names in enumerate(split):
         path = file if len(split) == 1 else f"{stem}-{i + 1:05d}-of-{len(split):05d}.safetensors"
-        save_file({n: draw(n, weights[n], config, seed, device) for n in names}, folder / path, metadata)
+        save_file({n: draw(n, weights[n], config, seed, device).cpu() for n in names}, folder / path, metadata)
         home.update({name: path for name in names})
     if len(split) > 1:
         index = {"metadata": {"total_size": 2 * total}, "weight_map": dict(sorted(home.items()))}

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .transformer import (JointBlock, NormLinear, RmsNorm, TimeTextEmbed, attention_mask, normed, rotary_table,
-                          rotate, unpatchify)
+from .transformer import (JointBlock, NormLinear, RmsNorm, TimeTextEmbed, attend, attention_mask, normed,
+                          rotary_table, rotate, unpatchify)
 
 
 class SingleAttention(nn.Module):
@@ -17,8 +17,7 @@ class SingleAttention(nn.Module):
 
     def forward(self, x, table, mask):
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v))
-        y = F.scaled_dot_product_attention(rotate(self.norm_q(q), table), rotate(self.norm_k(k), table), v,
-                                           attn_mask=mask)
+        y = attend(rotate(self.norm_q(q), table), rotate(self.norm_k(k), table), v, mask)
         return y.transpose(1, 2).flatten(2)
 
 

@@ -75,10 +75,15 @@ def rotary_table(positions, width):
 
 
 def rotate(x, table):
-    """Turn the pairs (2k, 2k+1) of x [B, heads, L, 64] by the table's angles ([L, 32] or [B, 1, L, 32])."""
-    cos, sin = (t.to(x.dtype) for t in table)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    """Turn the pairs (2k, 2k+1) of x [B, heads, L, 64] by the table's angles ([L, 32] or [B, 1, L, 32]), in f32."""
+    cos, sin = table
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+def attend(q, k, v, mask):
+    """Attention under a boolean mask, or whatever stands in its place: a function of q, k and v."""
+    return mask(q, k, v) if callable(mask) else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class JointAttention(nn.Module):
@@ -104,7 +109,7 @@ class JointAttention(nn.Module):
         q = torch.cat([norm_added_q(split(self.add_q_proj(text))), self.norm_q(split(self.to_q(image)))], 2)
         k = torch.cat([norm_added_k(split(self.add_k_proj(text))), self.norm_k(split(self.to_k(image)))], 2)
         v = torch.cat([split(self.add_v_proj(text)), split(self.to_v(image))], 2)
-        y = F.scaled_dot_product_attention(rotate(q, table), rotate(k, table), v, attn_mask=mask)
+        y = attend(rotate(q, table), rotate(k, table), v, mask)
         y = y.transpose(1, 2).flatten(2)
         text_y, image_y = y[:, : text.shape[1]], y[:, text.shape[1]:]
         return (self.to_add_out(text_y) if hasattr(self, "to_add_out") else None), self.to_out[0](image_y)

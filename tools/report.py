@@ -1,0 +1,392 @@
+#!/usr/bin/env python3
+"""Writes the performance tables and charts of README.md and docs/performance.md from the files in benches/results.
+
+    python tools/report.py            rewrite what stands between the markers, and docs/images/*.svg
+    python tools/report.py --check    fail if documents or charts are not what the files say
+
+gpu-ops.json and gpu-linear-cublaslt.json are what `cargo bench --bench ops -- --json FILE` measured (the second with the
+backend that uses cuBLASLt), gpu-full-size.json what `cargo test --release --test full_size -- --json FILE` did,
+gpu-clip-*.json what `pyraflow bench --model NAME --seconds N --json FILE` did, reference-*.json what
+tools/bench_reference.py did (there need not be any: then nothing is said of PyTorch that the others do not hold), and
+plans.json holds the operations that `pyraflow plan --json` states. Only the standard library is needed.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+
+import report_charts
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS, IMAGES = ROOT / "benches/results", ROOT / "docs/images"
+MARKERS = re.compile(r"<!-- report: (?P<name>[a-z-]+) -->\n.*?<!-- end report -->", re.DOTALL)
+
+# Dense bf16 matrix products a second, from NVIDIA's data sheets.
+PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
+
+# Case of the bench: what a reader calls it.
+OPS = {
+    "attention/packed/text30+110-history15-stage2-96x160-h24x64": "attention, sd3, last stage with 15 units of history",
+    "attention/packed/text30+110-history15-stage2-96x160-h30x64": "attention, miniflux, the same",
+    "attention/last-block/history15-96x160-h24x64": "attention of the current frame alone",
+    "linear/store/m20000-n1536+1536+1536-k1536": "linear 1536 → 3·1536 + bias, 20,000 rows",
+    "linear/gelu_tanh/m20000-n6144-k1536": "linear 1536 → 6144 + bias, GELU",
+    "linear/gated-6/m20000-n1536-k6144": "linear 6144 → 1536 + bias, gate, residual",
+    "conv3d/k3/2+2x192x320-c512-512": "conv3d 3×3×3, 512 channels, two windows",
+    "conv3d/k3-residual/4x384x640-c256-256": "conv3d 3×3×3, 256 channels + residual",
+    "conv3d/k3-space/4x384x640-c256-1024": "conv3d 3×3×3, 256 → 1024, shuffled into space",
+    "conv3d/k3-residual/8x768x1280-c128-128": "conv3d 3×3×3, 128 channels + residual",
+    "layer_norm_modulate/m20000-n1536-g6": "layer norm, scale and shift, 20,000 rows",
+    "head_norm_rope/m20000-h24-from0": "RMS norm of heads + rotary positions",
+    "group_norm/8x768x1280-c128-g32-silu": "group norm + SiLU, 8 frames of 768p",
+}
+
+# Call of the full-size comparison: what a reader calls it.
+CALLS = {
+    "transformer.stage0.units15": "transformer, first stage, 15 units of history",
+    "transformer.stage1.units15": "transformer, second stage",
+    "transformer.stage2.units0": "transformer, last stage, no history",
+    "transformer.stage2.units15": "transformer, last stage, 15 units",
+    "vae.decode": "VAE, 2 latents to 9 frames of 768p",
+    "vae.encode": "VAE, an image of 768p to its latent",
+    "t5.ids128": "T5-XXL, 128 tokens",
+    "clip_g.ids77": "CLIP-G, 77 tokens",
+}
+
+PHASES = {"text": "text", "sampling": "transformer", "decoding": "VAE decode"}
+WHOSE = {"eager": "published PyTorch", "tuned": "tuned PyTorch"}
+
+
+def read(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def read_all(pattern):
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
+
+
+def table(head, rows):
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def seconds_of(report):
+    """Length of a clip: 8 frames to a latent, the first one alone, 24 a second."""
+    return round((8 * (report["units"] - 1) + 1) / 24)
+
+
+def key(report):
+    """Sorts sd3 before miniflux, large before small, short before long; equal for the same clip."""
+    return (report["family"] != "sd3", -report["height"], report["units"])
+
+
+def clip_name(report):
+    return f"{report['family']}-{report['variant']}, {seconds_of(report)} s"
+
+
+def phases(report):
+    return {phase["name"]: phase for phase in report["measured"]["phases"]}
+
+
+def total(report):
+    return sum(phase["seconds"] for phase in report["measured"]["phases"])
+
+
+def gpu(report):
+    """The name of a GPU without what stands behind it in the description of a backend."""
+    return report["device"].split(" with ")[0]
+
+
+def measured_with(report):
+    return f"{report['device']}, driver {report['driver']}, commit {report['commit']}"
+
+
+def torch_with(report):
+    published = report.get("published") or {}
+    code = "no published code" if not published else \
+        f"published code {(published.get('commit') or 'sha256 ' + published['sources_sha256'])[:14]}"
+    return (f"{report['device']}, driver {report['driver']}, PyTorch {report['torch']}, cuDNN {report['cudnn']}, "
+            f"diffusers {report['diffusers']}, {code}, harness {report['commit']}, {report['date']}")
+
+
+def work(row):
+    """The operations that a kernel does. The files count those with frames of zeros in front of the first window of a
+    convolution, too, which our kernels leave out."""
+    windows = re.fullmatch(r"conv3d/k3(?:-residual|-space)?/([0-9+]+)x\d+x\d+-c\d+-\d+", row["case"])
+    if not windows:
+        return row["flops"]
+    first, *others = (int(n) for n in windows[1].split("+"))
+    taps = {1: 1}.get(first, 3 * first - 3) + 3 * sum(others)
+    return row["flops"] * taps / (3 * (first + sum(others)))
+
+
+class Results:
+    def __init__(self):
+        self.clips = sorted(read_all("gpu-clip-*.json"), key=key)
+        self.references = read_all("reference-*.json")
+        self.ops, self.linear = read("gpu-ops.json"), read("gpu-linear-cublaslt.json")
+        self.calls, self.plans = read("gpu-full-size.json"), read("plans.json")
+
+    def reference(self, clip, mode):
+        """(what PyTorch took for the same clip on the same kind of GPU, the file it stands in)."""
+        for report in self.references:
+            for other in report["clips"]:
+                same = all(other[k] == clip[k] for k in ("family", "variant", "width", "height", "units", "steps",
+                                                         "video_steps"))
+                if same and other["mode"] == mode and report["device"] == gpu(clip) and \
+                        {"text", "sampling", "decoding"} <= set(phases(other)):
+                    return other, report
+        return None, None
+
+
+# Tables of README.md
+
+def ops(results):
+    report = results.ops
+    by_case = {row["case"]: row for row in report["results"]}
+    copy = report["copy_gbytes_per_second"]
+    rows = []
+    for case, name in OPS.items():
+        row = by_case[case]
+        rate = (f"{work(row) / row['median_seconds'] / 1e12:.0f} TFLOP/s" if row["flops"] else
+                f"{row['gbytes_per_second']:.0f} GB/s, {row['share_of_copy_rate']:.0%} of a copy")
+        rows.append([name, f"{row['median_seconds'] * 1e3:.3f} ms", rate])
+    return [f"Single ops by our own kernels on one {measured_with(report)}, medians of {report['repeats']} runs with "
+            f"the cache flushed in between; a copy on the device moves {copy:.0f} GB/s:", "",
+            *table(["op", "time", "rate"], rows)]
+
+
+def calls(results, chosen=CALLS):
+    report = results.calls
+    worst = max(row["ratio"] for row in report["results"])
+    rows = []
+    for family in ("sd3", "miniflux"):
+        for row in report["results"]:
+            name = row["call"] if chosen is None else chosen.get(row["call"])
+            if row["family"] != family or name is None:
+                continue
+            ours, theirs = row["seconds"] * 1e3, row["published_seconds"] * 1e3
+            rows.append([f"{family}: {name}", f"{ours:.1f} ms", f"{theirs:.1f} ms", f"{theirs / ours:.1f}×",
+                         f"{row['ratio']:.2f}"])
+    return [f"Single calls with random checkpoints of the published size against the published PyTorch code in bf16, same "
+            f"weights, inputs and machine ({report['gpu_and_driver']}, commit {report['commit']}). The error is against "
+            f"an f32 computation, as a share of what the published code's is; over all {len(report['results'])} calls it "
+            f"is {worst:.2f} at most:", "", *table(["call", "pyraflow", "published", "faster", "error"], rows)]
+
+
+def clips(results):
+    modes = [m for m in WHOSE if any(results.reference(clip, m)[0] for clip in results.clips)]
+    head = ["model", "text", "transformer", "VAE decode", "device memory", *(WHOSE[m] for m in modes), "measured with"]
+    rows = []
+    for report in results.clips:
+        found = phases(report)
+        peak = max(phase["memory"] or 0 for phase in found.values()) / 2**30
+        rows.append([clip_name(report), *(f"{found[p]['seconds']:.{2 if p == 'text' else 1}f} s" for p in PHASES),
+                     f"{peak:.1f} GiB", *(beside(results, report, m) for m in modes), measured_with(report)])
+    return ["Clips at 24 fps, published steps, random weights, without encoding the file (`pyraflow bench --model NAME`):",
+            "", *table(head, rows), *(["", *reference_notes(results)] if modes else [])]
+
+
+def beside(results, clip, mode):
+    other, _ = results.reference(clip, mode)
+    if other is None:
+        return "not measured"
+    return f"{total(other):.1f} s, {total(other) / total(clip):.1f}× ours"
+
+
+def reference_notes(results):
+    lines = ["PyTorch: text, transformer and VAE decode in full frames, the same sizes, steps and text lengths:", ""]
+    for report in results.references:
+        lines.append(f"* {report['family']}: {torch_with(report)}")
+    return lines
+
+
+def readme(results):
+    lines = [*ops(results), "", *calls(results), "", *clips(results)]
+    return [*lines, "", "![seconds of a clip by phase](docs/images/clips.svg)", "",
+            "Where the time goes, how it grows and how far it is from the machine's own limits: "
+            "[docs/performance.md](docs/performance.md)."]
+
+
+# Tables of docs/performance.md
+
+def phase_table(results):
+    """Time, operations and floor of every phase, PyTorch beside it."""
+    modes = [m for m in WHOSE if any(results.reference(clip, m)[0] for clip in results.clips)]
+    rows = []
+    for report in results.clips:
+        found, peak = phases(report), PEAK.get(gpu(report))
+        others = [phases(results.reference(report, m)[0] or {"measured": {"phases": []}}) for m in modes]
+        for name, title in PHASES.items():
+            phase = found[name]
+            floor = phase["flops"] / peak if peak else None
+            rows.append([
+                clip_name(report), title, f"{phase['seconds']:.2f} s", f"{phase['flops'] / 1e15:.3f}",
+                f"{phase['flops'] / phase['seconds'] / 1e12:.0f}", f"{floor:.2f} s" if peak else "",
+                f"{floor / phase['seconds']:.0%}" if peak else "", gib(phase["memory"]),
+                *(cell for other in others for cell in
+                  ((f"{other[name]['seconds']:.2f} s ({how(other[name])})", gib(other[name]["memory"])) if name in other
+                   else ("not measured", "")))])
+    head = ["clip", "phase", "time", "PFLOP", "TFLOP/s", "floor", "share", "GiB",
+            *(cell for m in modes for cell in (WHOSE[m], "GiB"))]
+    return [*table(head, rows), "", *(f"* {clip_name(r)}: {measured_with(r)}" for r in results.clips),
+            *([""] + reference_notes(results) if modes else [])]
+
+
+def how(phase):
+    return {"calls": "sum of its calls", "whole": "run whole"}.get(phase.get("method"), "median call")
+
+
+def gib(size):
+    return f"{size / 2**30:.1f}" if size else ""
+
+
+def op_table(results):
+    """What each kind of op takes in the graphs of the last unit."""
+    lines = []
+    for report in results.clips:
+        rows, peak, graphs = [], PEAK.get(gpu(report)), {}
+        for op in report["measured"]["ops"]:
+            graphs.setdefault(op["graph"], []).append(op)
+        for graph, found in graphs.items():
+            whole = sum(op["seconds"] for op in found)
+            kept = [op for op in found if op["seconds"] / whole >= 0.005]
+            for op in kept:
+                rate = op["flops"] / op["seconds"]
+                rows.append([graph, op["op"], str(op["nodes"]), f"{op['seconds'] * 1e3:.2f} ms",
+                             f"{op['seconds'] / whole:.0%}", f"{op['flops'] / 1e12:.2f}" if op["flops"] else "",
+                             f"{rate / 1e12:.0f}" if op["flops"] else "",
+                             f"{rate / peak:.0%}" if op["flops"] and peak else ""])
+                graph = ""
+            rest = whole - sum(op["seconds"] for op in kept)
+            rows.append(["", "all others", "", f"{rest * 1e3:.2f} ms", f"{rest / whole:.1%}", "", "", ""])
+        lines += [f"**{clip_name(report)}** ({measured_with(report)})", "",
+                  *table(["graph", "op", "nodes", "time", "of the graph", "TFLOP", "TFLOP/s", "of the peak"], rows), ""]
+    return lines[:-1]
+
+
+def kernel_table(results):
+    """Every chosen kernel against its own floor: operations at the peak or bytes at the rate of a copy."""
+    rows = []
+    for report, by in ((results.ops, ""), (results.linear, " (cuBLASLt)")):
+        peak, copy = PEAK.get(gpu(report)), report["copy_gbytes_per_second"] * 1e9
+        for row in report["results"]:
+            name = OPS.get(row["case"])
+            if name is None or peak is None or (by and "gated" in row["case"]):
+                continue  # gated layers stay with our own kernels
+            by_flops, by_bytes = work(row) / peak, row["bytes"] / copy
+            floor = max(by_flops, by_bytes)
+            rows.append([list(OPS).index(row["case"]), name + by, f"{row['median_seconds'] * 1e3:.3f} ms",
+                         f"{work(row) / 1e12:.3f}" if row["flops"] else "", f"{row['bytes'] / 1e9:.3f}",
+                         f"{floor * 1e3:.3f} ms", "products" if by_flops > by_bytes else "memory",
+                         f"{floor / row['median_seconds']:.0%}"])
+    rows = [row[1:] for row in sorted(rows, key=lambda row: (row[0], row[1]))]
+    return [*table(["kernel", "time", "TFLOP", "GB", "floor", "set by", "share"], rows), "",
+            f"* own kernels: {measured_with(results.ops)}; a copy moves {results.ops['copy_gbytes_per_second']:.0f} GB/s",
+            f"* cuBLASLt: {measured_with(results.linear)}; a copy moves {results.linear['copy_gbytes_per_second']:.0f} GB/s"]
+
+
+def growth_table(results):
+    """Operations, and seconds if every operation took what it takes in the 5 s clip of 768p."""
+    plans = sorted(results.plans["plans"], key=key)
+    rows = []
+    for family in ("sd3", "miniflux"):
+        base = next((c for c in results.clips if (c["family"], c["variant"], seconds_of(c)) == (family, "768p", 5)), None)
+        ground = next((p for p in plans if base and key(p) == key(base)), None)
+        for plan in plans:
+            if plan["family"] != family or ground is None:
+                continue
+            clip = next((c for c in results.clips if key(c) == key(plan)), None)
+            row = [f"{family}-{plan['variant']}, {plan['seconds']} s"]
+            for name in ("sampling", "decoding"):
+                share = plan["flops"][name] / ground["flops"][name]
+                row += [f"{plan['flops'][name] / 1e15:.2f}", f"{share:.2f}×",
+                        f"{phases(base)[name]['seconds'] * share:.1f} s",
+                        f"{phases(clip)[name]['seconds']:.1f} s" if clip else ""]
+            rows.append(row)
+    head = ["clip", "transformer PFLOP", "to 5 s of 768p", "predicted", "measured", "VAE PFLOP", "to 5 s of 768p",
+            "predicted", "measured"]
+    bases = [c for c in results.clips if (c["variant"], seconds_of(c)) == ("768p", 5)]
+    return [*table(head, rows), "", f"* operations: `{results.plans['command']}`, commit {results.plans['commit']}",
+            *(f"* rate: {clip_name(c)}, {measured_with(c)}" for c in bases)]
+
+
+def reference_table(results):
+    """Every case of tools/bench_reference.py."""
+    lines = []
+    for report in results.references:
+        rows = {}
+        for case in report["cases"]:
+            where = (case.get("variant", ""), case["name"])
+            label = case["mode"] + "".join([f", {case['attention']}" if "attention" in case else "",
+                                            ", graph" if case.get("graph") else ""])
+            if "seconds" in case:
+                error = f", {case['error_to_eager']:.1e}" if "error_to_eager" in case else ""
+                text = f"{label}: {case['seconds'] * 1e3:.1f} ms{error}"
+            elif "failed" in case or "skipped" in case:
+                text = f"{label}: {case.get('failed') or 'skipped: ' + case['skipped']}"[:160].replace("|", "/")
+            else:
+                continue
+            rows.setdefault(where, []).append(text)
+        lines += [f"**{report['family']}** ({torch_with(report)})", "",
+                  *table(["size", "case", "time, and relative error to eager"],
+                         [[size, name, "<br>".join(texts)] for (size, name), texts in rows.items()]), ""]
+    return lines[:-1] or ["No result file of PyTorch's whole clips is in `benches/results`."]
+
+
+SECTIONS = {"readme": readme, "phases": phase_table, "ops": op_table, "kernels": kernel_table, "growth": growth_table,
+            "calls": lambda results: calls(results, None), "reference": reference_table}
+DOCUMENTS = ("README.md", "docs/performance.md")
+
+
+# Charts
+
+def charts(results):
+    rows = []
+    for clip in results.clips:
+        entries = [("pyraflow", clip)] + [(WHOSE[m], results.reference(clip, m)[0]) for m in WHOSE]
+        for who, report in entries:
+            if report:
+                values = [phases(report)[p]["seconds"] for p in PHASES]
+                rows.append((f"{clip_name(clip)}: {who}", values, f"{sum(values):.1f} s"))
+    names = ", ".join(sorted({gpu(c) for c in results.clips}))
+    yield "clips.svg", report_charts.stacked(f"Seconds of a clip by phase ({names})", list(PHASES.values()), rows, "s")
+    rows, kinds = [], ["linear", "attention", "conv3d", "group_norm", "all others"]
+    for clip in results.clips:
+        graphs = {}
+        for op in clip["measured"]["ops"]:
+            values = graphs.setdefault(op["graph"], dict.fromkeys(kinds, 0.0))
+            values[op["op"] if op["op"] in kinds else kinds[-1]] += op["seconds"] * 1e3
+        for graph, values in graphs.items():
+            short = graph.replace(" of the last unit", "").replace("decoding one latent", "one latent")
+            rows.append((f"{clip['family']}-{clip['variant']}, {short}", list(values.values()), f"{sum(values.values()):.0f} ms"))
+    yield "ops.svg", report_charts.stacked("Milliseconds of a call by kind of op, last unit of 5 s", kinds, rows, "ms")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args()
+    results, written, used = Results(), {}, set()
+    for name in DOCUMENTS:
+        def fill(match):
+            used.add(match["name"])
+            body = "\n".join(SECTIONS[match["name"]](results))
+            return f"<!-- report: {match['name']} -->\n{body}\n<!-- end report -->"
+
+        written[ROOT / name] = MARKERS.sub(fill, (ROOT / name).read_text(encoding="utf-8"))
+    if missing := set(SECTIONS) - used:
+        return f"report: no document has the markers of {', '.join(sorted(missing))}"
+    written.update({IMAGES / name: svg for name, svg in charts(results)})
+    if args.check:
+        stale = [str(path.relative_to(ROOT)) for path, text in written.items()
+                 if not path.exists() or path.read_text(encoding="utf-8") != text]
+        return f"report: not what benches/results say: {', '.join(stale)}" if stale else None
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
