@@ -110,17 +110,6 @@ def torch_with(report):
             f"diffusers {report['diffusers']}, {code}, harness {report['commit']}, {report['date']}")
 
 
-def work(row):
-    """The operations that a kernel does. The files count those with frames of zeros in front of the first window of a
-    convolution, too, which our kernels leave out."""
-    windows = re.fullmatch(r"conv3d/k3(?:-residual|-space)?/([0-9+]+)x\d+x\d+-c\d+-\d+", row["case"])
-    if not windows:
-        return row["flops"]
-    first, *others = (int(n) for n in windows[1].split("+"))
-    taps = {1: 1}.get(first, 3 * first - 3) + 3 * sum(others)
-    return row["flops"] * taps / (3 * (first + sum(others)))
-
-
 class Results:
     def __init__(self):
         self.clips = sorted(read_all("gpu-clip-*.json"), key=key)
@@ -149,7 +138,7 @@ def ops(results):
     rows = []
     for case, name in OPS.items():
         row = by_case[case]
-        rate = (f"{work(row) / row['median_seconds'] / 1e12:.0f} TFLOP/s" if row["flops"] else
+        rate = (f"{row['flops'] / row['median_seconds'] / 1e12:.0f} TFLOP/s" if row["flops"] else
                 f"{row['gbytes_per_second']:.0f} GB/s, {row['share_of_copy_rate']:.0%} of a copy")
         rows.append([name, f"{row['median_seconds'] * 1e3:.3f} ms", rate])
     return [f"Single ops by our own kernels on one {measured_with(report)}, medians of {report['repeats']} runs with "
@@ -275,10 +264,10 @@ def kernel_table(results):
             name = OPS.get(row["case"])
             if name is None or peak is None or (by and "gated" in row["case"]):
                 continue  # gated layers stay with our own kernels
-            by_flops, by_bytes = work(row) / peak, row["bytes"] / copy
+            by_flops, by_bytes = row["flops"] / peak, row["bytes"] / copy
             floor = max(by_flops, by_bytes)
             rows.append([list(OPS).index(row["case"]), name + by, f"{row['median_seconds'] * 1e3:.3f} ms",
-                         f"{work(row) / 1e12:.3f}" if row["flops"] else "", f"{row['bytes'] / 1e9:.3f}",
+                         f"{row['flops'] / 1e12:.3f}" if row["flops"] else "", f"{row['bytes'] / 1e9:.3f}",
                          f"{floor * 1e3:.3f} ms", "products" if by_flops > by_bytes else "memory",
                          f"{floor / row['median_seconds']:.0%}"])
     rows = [row[1:] for row in sorted(rows, key=lambda row: (row[0], row[1]))]

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use pyraflow::checkpoint::{Checkpoint, StoreOptions};
 use pyraflow::exec::cuda::probe;
-use pyraflow::exec::{Backend, Cpu};
-use pyraflow::pipeline::{Measured, PhaseTime, Quiet, Request, Weights, measure, random_weights};
+use pyraflow::exec::{Backend, Cpu, anonymous_memory};
+use pyraflow::pipeline::{
+    Measured, Networks, PhaseTime, Quiet, Request, Weights, WeightsOf, measure, random_weights,
+};
 use pyraflow::{Error, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::args::{VideoArgs, choose_variant};
 use super::device::{ByteSize, Device, open_gpu, rate};
@@ -44,6 +46,11 @@ pub struct Args {
     #[arg(long, value_name = "GB/S", value_parser = rate)]
     link: Option<f64>,
 
+    /// Make so many clips one after the other, and tell the memory after each
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    clips: u32,
+
     /// Write the results to this file as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -68,16 +75,17 @@ pub fn run(args: &Args) -> Result<()> {
     ));
     super::say(&phase_line("phase", "seconds", "loading", "TFLOP/s", "memory GiB"));
     let done = |phase: &PhaseTime| super::say(&line_of(phase));
-    let measured = if args.weights {
-        let by_size = args.video.variant_of_size();
-        let variant = choose_variant(&args.model, args.variant.as_deref(), by_size);
-        let checkpoint = Checkpoint::open(&args.model, variant.as_deref())?;
-        let weights = Weights::open(&checkpoint, &StoreOptions::default(), &mut Quiet)?;
-        measure(&networks, &|component| weights.get(component), &request, &*backend, done)?
-    } else {
-        measure(&networks, &random_weights(&networks), &request, &*backend, done)?
-    };
+    let weights = weights(args, &networks)?;
+    let measured = measure(&networks, &weights, &request, &*backend, done)?;
     super::print(&table(&measured))?;
+    let mut memory = vec![clip_memory(&*backend)];
+    for _ in 1..args.clips {
+        let again = measure(&networks, &weights, &request, &*backend, |_| ())?;
+        if again.digest != measured.digest {
+            return Err(Error::numeric("the same clip came out otherwise the second time"));
+        }
+        memory.push(clip_memory(&*backend));
+    }
     let Some(path) = &args.json else { return Ok(()) };
     let report = json!({
         "pyraflow": env!("CARGO_PKG_VERSION"),
@@ -96,8 +104,26 @@ pub fn run(args: &Args) -> Result<()> {
         "video_steps": request.video_steps,
         "guidance": request.guidance,
         "measured": measured,
+        "memory_after_clips": memory,
     });
     std::fs::write(path, format!("{report:#}\n")).map_err(|e| Error::io("cannot write", path, e))
+}
+
+/// The weights of the checkpoint, or random ones.
+fn weights(args: &Args, networks: &Networks) -> Result<Box<WeightsOf<'static>>> {
+    if !args.weights {
+        return Ok(Box::new(random_weights(networks)));
+    }
+    let by_size = args.video.variant_of_size();
+    let variant = choose_variant(&args.model, args.variant.as_deref(), by_size);
+    let checkpoint = Checkpoint::open(&args.model, variant.as_deref())?;
+    let weights = Weights::open(&checkpoint, &StoreOptions::default(), &mut Quiet)?;
+    Ok(Box::new(move |component| weights.get(component)))
+}
+
+/// What is still free on the device, and what the process holds of the host's memory.
+fn clip_memory(backend: &dyn Backend) -> Value {
+    json!({ "device_free": backend.free_memory(), "host_anonymous": anonymous_memory() })
 }
 
 /// The device, with at most the memory and on a bus as slow as asked for.

@@ -363,9 +363,11 @@ impl Op {
             }
             Op::Conv3d(conv) => {
                 let weight = &graph.weights()[conv.weight.index()].shape;
-                let per_position: u64 = weight.iter().map(|&n| n as u64).product();
+                // Of one frame of the kernel.
+                let [out, channels, _, height, width] = weight[..] else { return 0 };
+                let products = (out * channels * height * width) as u64;
                 let x = graph.tensor(node.inputs[0]);
-                2 * per_position * super::shape::conv_positions(conv, &x.shape) as u64
+                2 * products * super::shape::conv_frame_positions(conv, &x.shape) as u64
             }
             _ => 0,
         }

@@ -145,9 +145,13 @@ fn conv_extent(spec: &ConvSpec, shape: &[usize]) -> [usize; 3] {
     [(padded[0] - kt) / st + 1, (padded[1] - kh) / sh + 1, (padded[2] - kw) / sw + 1]
 }
 
-/// Number of positions at which the kernel is applied.
-pub(super) fn conv_positions(spec: &ConvSpec, shape: &[usize]) -> usize {
-    conv_extent(spec, shape).iter().product()
+/// Number of pairs of a position at which the kernel is applied and a frame of it, those
+/// frames left out that are zeros in front of a video.
+pub(super) fn conv_frame_positions(spec: &ConvSpec, shape: &[usize]) -> usize {
+    let [frames, height, width] = conv_extent(spec, shape);
+    let zeros = if spec.continues { 0 } else { spec.front_frames() };
+    let seen = |t: usize| (0..spec.kernel[0]).filter(|k| t * spec.stride[0] + k >= zeros).count();
+    height * width * (0..frames).map(seen).sum::<usize>()
 }
 
 fn conv3d(check: &Checker<'_>, spec: &ConvSpec) -> Result<Vec<usize>> {

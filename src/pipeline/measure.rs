@@ -278,7 +278,10 @@ fn random_values(seed: u64) -> impl Iterator<Item = f32> {
 }
 
 /// Random weights for all networks: as heavy to multiply with as real ones.
-pub fn random_weights(networks: &Networks) -> impl Fn(Component) -> Result<Arc<dyn WeightSource>> {
+pub fn random_weights(
+    networks: &Networks,
+) -> impl Fn(Component) -> Result<Arc<dyn WeightSource>> + use<> {
+    let networks = networks.clone();
     move |component| {
         let expected = match component {
             Component::Transformer => transformer::expected_weights(&networks.transformer)?,

@@ -179,6 +179,28 @@ impl Stream {
         check("queueing a call", answer.result())
     }
 
+    /// Records what `queue` queues on this stream, and runs none of it.
+    pub fn record(&self, queue: impl FnOnce() -> Result<()>) -> Result<Recorded> {
+        self.bind()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive.
+        check("recording", unsafe { result::stream::begin_capture(self.stream, mode) })?;
+        let queued = queue();
+        // SAFETY: as above; also ends a recording that failed.
+        let graph = unsafe { result::stream::end_capture(self.stream) };
+        queued?;
+        let graph = check("recording", graph)?;
+        let flags = sys::CUgraphInstantiate_flags(0);
+        // SAFETY: the graph was just recorded, and is destroyed once.
+        let executable = unsafe {
+            let executable = result::graph::instantiate(graph, flags);
+            let _ = result::graph::destroy(graph);
+            executable
+        };
+        let executable = check("preparing what was recorded", executable)?;
+        Ok(Recorded { context: self.context.clone(), executable })
+    }
+
     /// Queues a copy within device memory.
     ///
     /// # Safety
@@ -249,6 +271,35 @@ impl Drop for Stream {
         let _ = self.context.bind();
         // SAFETY: created in `new`, destroyed once; the driver finishes queued work first.
         let _ = unsafe { result::stream::destroy(self.stream) };
+    }
+}
+
+/// Work that was recorded once, to be queued as one: a CUDA graph.
+pub(super) struct Recorded {
+    context: Arc<Context>,
+    executable: sys::CUgraphExec,
+}
+
+// SAFETY: may be used from any thread, by one at a time, as its owner sees to.
+unsafe impl Send for Recorded {}
+
+impl Recorded {
+    /// Queues the work.
+    ///
+    /// # Safety
+    /// As for everything that was recorded.
+    pub unsafe fn queue(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: both are alive; the rest is passed on from the caller.
+        let answer = unsafe { result::graph::launch(self.executable, stream.stream) };
+        check("starting what was recorded", answer)
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        let _ = self.context.bind();
+        // SAFETY: instantiated in `Stream::record`, destroyed once.
+        let _ = unsafe { result::graph::exec_destroy(self.executable) };
     }
 }
 

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::Cuda;
 use super::cublaslt::CublasLt;
-use super::driver::{Address, Context, DeviceMemory, Event, Stream};
+use super::driver::{Address, Context, DeviceMemory, Event, Recorded, Stream};
 use super::kernels::Kernels;
 use super::memory::{PATTERN, Piece};
 use super::ops::{self, Prepare};
@@ -49,6 +49,10 @@ struct Planned {
     steps: Vec<Step>,
     /// The arena and scratch memory that `steps` were made for.
     made_for: [Address; 2],
+    /// Whether the graph has run.
+    ran: bool,
+    /// All steps as one, once the graph has run before.
+    recorded: Option<Recorded>,
 }
 
 /// Graphs that share weights, an arena and states on one GPU.
@@ -270,8 +274,35 @@ impl CudaSession {
         Ok(())
     }
 
+    /// Queues the graph: step by step the first time, as one from the second on, since small
+    /// kernels end sooner than the host starts the next. Traffic with the host cannot be
+    /// recorded.
     fn queue(&mut self, graph: GraphId) -> Result<()> {
-        self.queue_nodes(graph, |_| Ok(()))
+        let planned = self.planned(graph)?;
+        let again = planned.ran && planned.schedule.is_empty() && !self.fenced;
+        if !again {
+            self.queue_nodes(graph, |_| Ok(()))?;
+        } else {
+            if planned.recorded.is_none() {
+                let recorded = self.stream.record(|| {
+                    // SAFETY: as in `queue_nodes`.
+                    let queue = |step: &Step| unsafe { step.queue(&self.stream, &planned.graph) };
+                    planned.steps.iter().try_for_each(queue)
+                })?;
+                if let Some(planned) = self.graphs[graph.0].as_mut() {
+                    planned.recorded = Some(recorded);
+                }
+            }
+            self.stream.bind()?;
+            if let Some(recorded) = &self.planned(graph)?.recorded {
+                // SAFETY: as in `queue_nodes`: it was recorded for the present steps.
+                unsafe { recorded.queue(&self.stream)? };
+            }
+        }
+        if let Some(planned) = self.graphs[graph.0].as_mut() {
+            planned.ran = true;
+        }
+        Ok(())
     }
 
     /// Waits until nothing is queued or on its way.
@@ -286,7 +317,7 @@ impl CudaSession {
         if planned.made_for != self.bases() {
             let (steps, made_for) = (self.prepare(planned)?, self.bases());
             if let Some(planned) = self.graphs[graph.0].as_mut() {
-                (planned.steps, planned.made_for) = (steps, made_for);
+                (planned.steps, planned.made_for, planned.recorded) = (steps, made_for, None);
             }
         }
         Ok(())
@@ -350,7 +381,9 @@ impl Session for CudaSession {
         let scratch = ops::scratch_bytes(&graph, &self.kernels, self.cublaslt.is_some());
         self.reserve(plan.arena_bytes(), scratch)?;
         let (steps, made_for) = (Vec::new(), self.bases());
-        let mut planned = Planned { graph, plan, own, tables, schedule, steps, made_for };
+        let (ran, recorded) = (false, None);
+        let mut planned =
+            Planned { graph, plan, own, tables, schedule, steps, made_for, ran, recorded };
         planned.steps = self.prepare(&planned)?;
         self.graphs.push(Some(planned));
         Ok(GraphId(self.graphs.len() - 1))
