@@ -7,8 +7,8 @@
 gpu-ops.json and gpu-linear-cublaslt.json are what `cargo bench --bench ops -- --json FILE` measured (the second with the
 backend that uses cuBLASLt), gpu-full-size.json what `cargo test --release --test full_size -- --json FILE` did,
 gpu-clip-*.json what `pyraflow bench --model NAME --seconds N --json FILE` did, reference-*.json what
-tools/bench_reference.py did (there need not be any: then nothing is said of PyTorch that the others do not hold), and
-plans.json holds the operations that `pyraflow plan --json` states. Only the standard library is needed.
+tools/bench_reference.py did (there need not be any: then nothing is said of PyTorch that the others do not hold),
+gpu-memory-*.json what tools/gpu_memory.py did, and plans.json holds the operations that `pyraflow plan --json` states. Only the standard library is needed.
 """
 
 import argparse
@@ -116,6 +116,7 @@ class Results:
         self.references = read_all("reference-*.json")
         self.ops, self.linear = read("gpu-ops.json"), read("gpu-linear-cublaslt.json")
         self.calls, self.plans = read("gpu-full-size.json"), read("plans.json")
+        self.memory = sorted(read_all("gpu-memory-*.json"), key=lambda report: key(report["runs"][0]["report"]))
 
     def reference(self, clip, mode):
         """(what PyTorch took for the same clip on the same kind of GPU, the file it stands in)."""
@@ -123,8 +124,7 @@ class Results:
             for other in report["clips"]:
                 same = all(other[k] == clip[k] for k in ("family", "variant", "width", "height", "units", "steps",
                                                          "video_steps"))
-                if same and other["mode"] == mode and report["device"] == gpu(clip) and \
-                        {"text", "sampling", "decoding"} <= set(phases(other)):
+                if same and other["mode"] == mode and report["device"] == gpu(clip) and "sampling" in phases(other):
                     return other, report
         return None, None
 
@@ -178,10 +178,62 @@ def clips(results):
 
 
 def beside(results, clip, mode):
+    """What PyTorch takes for the transformer and for the decoder, if each was measured."""
     other, _ = results.reference(clip, mode)
     if other is None:
         return "not measured"
-    return f"{total(other):.1f} s, {total(other) / total(clip):.1f}× ours"
+    ours, theirs = phases(clip), phases(other)
+    parts = [f"{PHASES[p]} {theirs[p]['seconds']:.1f} s, {theirs[p]['seconds'] / ours[p]['seconds']:.1f}×"
+             for p in ("sampling", "decoding") if p in theirs]
+    return "; ".join(parts)
+
+
+def memory_runs(results):
+    """Every run of tools/gpu_memory.py that was not on a slowed bus, with the run without a limit before it."""
+    for report in results.memory:
+        first = report["runs"][0]
+        for run in report["runs"]:
+            if run["link"] is None and "failed" not in run:
+                yield first["report"], run
+
+
+def memory(results, shortest=0):
+    """What limits cost, seen from outside, in clips of so many seconds or more."""
+    rows = []
+    for first, run in memory_runs(results):
+        if seconds_of(first) < shortest:
+            continue
+        found, full = phases(run["report"]), phases(first)
+        whole = {name: phase["seconds"] + phase["loading"] for name, phase in found.items()}
+        host = max(phase["host_memory"] for phase in found.values()) / 2**30
+        rows.append([clip_name(first), run["limit"] or "none", f"{run['peak_device_mib'] / 1024:.2f} GiB", f"{host:.1f} GiB",
+                     f"{found['sampling']['seconds']:.1f} s", f"{found['decoding']['seconds']:.1f} s",
+                     f"{sum(p['seconds'] for p in found.values()) / sum(p['seconds'] for p in full.values()):.2f}×",
+                     f"{sum(whole.values()):.1f} s"])
+    same = all(report["same_bits"] for report in results.memory)
+    with_what = sorted({measured_with(first) for first, _ in memory_runs(results)})
+    return [f"`--max-vram` on one {'; '.join(with_what)}. GPU memory is what nvidia-smi showed at most, driver and context "
+            f"included; host memory is that of the process without mapped files, pinned memory included. All limits of a clip "
+            f"{'gave the same bits' if same else 'DID NOT GIVE THE SAME BITS'}:", "",
+            *table(["clip", "limit", "GPU memory", "host memory", "transformer", "VAE decode", "time against no limit",
+                    "with loading"], rows)]
+
+
+def memory_links(results):
+    """What was predicted for slowed buses, and what was measured."""
+    rows = []
+    for report in results.memory:
+        for run in report["runs"]:
+            if run.get("predicted") is None:
+                continue
+            found = phases(run["report"])
+            for plan in run["predicted"]:
+                name, guess = plan["name"], plan["predicted"]["seconds"]
+                if name != "text":
+                    rows.append([clip_name(run["report"]), run["limit"], f"{run['link'] or 'as it is'}", PHASES[name],
+                                 f"{found[name]['seconds']:.2f} s", f"{guess:.2f} s",
+                                 f"{guess / found[name]['seconds'] - 1:+.0%}"])
+    return table(["clip", "limit", "bus, GB/s each way", "phase", "measured", "predicted", "off by"], rows)
 
 
 def reference_notes(results):
@@ -192,7 +244,8 @@ def reference_notes(results):
 
 
 def readme(results):
-    lines = [*ops(results), "", *calls(results), "", *clips(results)]
+    lines = [*ops(results), "", *calls(results), "", *clips(results), "", *memory(results, 5),
+             "", "Which flags for which card, and what goes where: [docs/memory.md](docs/memory.md)."]
     return [*lines, "", "![seconds of a clip by phase](docs/images/clips.svg)", "",
             "Where the time goes, how it grows and how far it is from the machine's own limits: "
             "[docs/performance.md](docs/performance.md)."]
@@ -324,9 +377,9 @@ def reference_table(results):
     return lines[:-1] or ["No result file of PyTorch's whole clips is in `benches/results`."]
 
 
-SECTIONS = {"readme": readme, "phases": phase_table, "ops": op_table, "kernels": kernel_table, "growth": growth_table,
+SECTIONS = {"readme": readme, "memory": memory, "memory-links": memory_links, "phases": phase_table, "ops": op_table, "kernels": kernel_table, "growth": growth_table,
             "calls": lambda results: calls(results, None), "reference": reference_table}
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/memory.md")
 
 
 # Charts
@@ -337,8 +390,9 @@ def charts(results):
         entries = [("pyraflow", clip)] + [(WHOSE[m], results.reference(clip, m)[0]) for m in WHOSE]
         for who, report in entries:
             if report:
-                values = [phases(report)[p]["seconds"] for p in PHASES]
-                rows.append((f"{clip_name(clip)}: {who}", values, f"{sum(values):.1f} s"))
+                values = [phases(report).get(p, {"seconds": 0})["seconds"] for p in PHASES]
+                if all(p in phases(report) for p in PHASES):
+                    rows.append((f"{clip_name(clip)}: {who}", values, f"{sum(values):.1f} s"))
     names = ", ".join(sorted({gpu(c) for c in results.clips}))
     yield "clips.svg", report_charts.stacked(f"Seconds of a clip by phase ({names})", list(PHASES.values()), rows, "s")
     rows, kinds = [], ["linear", "attention", "conv3d", "group_norm", "all others"]
