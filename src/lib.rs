@@ -3,6 +3,7 @@
 //! Data goes one way: `pipeline → text → sampler → (models record) graph → plan → exec →
 //! media`. Models know no backend, the executor knows no model.
 
+pub mod batch;
 pub mod cases;
 pub mod checkpoint;
 pub mod demo;

@@ -3,14 +3,14 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::formats::WeightFiles;
 use super::mapped::read_small;
 use crate::{Error, Result};
 
 /// The two published models.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// `pyramid-flow-sd3`: the MMDiT transformer, two CLIP text encoders and T5.
@@ -132,7 +132,7 @@ impl Component {
 
 /// Which sizes a diffusion transformer was trained for. Advice rather than a limit: weights
 /// of other origin in the same folder may have other sizes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize)]
 pub enum Variant {
     /// 128×128, up to 9 latent frames (2.7 s): the model built into the program.
     #[serde(rename = "128p")]

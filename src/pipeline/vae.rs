@@ -79,6 +79,26 @@ impl<'a> Vae<'a> {
         }
     }
 
+    /// Decodes the next of a video's `units` latents to its frames; they must come in order.
+    ///
+    /// # Errors
+    /// As [`Vae::decode`].
+    pub fn decode_unit(
+        &mut self,
+        unit: usize,
+        units: usize,
+        latent: &Latent,
+    ) -> Result<Vec<Frame>> {
+        let (graph, output) = self.run(&Volume::of_latent(latent), true, unit > 0, units > 1)?;
+        let pixels = self.session.fetch_pixels(graph, output)?()?;
+        let mut all = Vec::new();
+        give(latent.shape(), pixels, &mut |frame| {
+            all.push(frame);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
     /// Decodes in the published way, tile by tile with blended seams.
     ///
     /// # Errors
