@@ -14,8 +14,7 @@ use pyraflow::media::Frame;
 use pyraflow::pipeline::{LatentRgbFit, Pipeline, Quiet, Request};
 use pyraflow::sampler::PhiloxNoise;
 
-const COLOURS: [&str; 8] =
-    ["red", "green", "blue", "yellow", "cyan", "purple", "white", "orange"];
+const COLOURS: [&str; 8] = ["red", "green", "blue", "yellow", "cyan", "purple", "white", "orange"];
 const MOTIONS: [&str; 4] = [
     "circle moves to the right",
     "square moves up on a striped background",
@@ -49,18 +48,12 @@ fn main() -> Result<()> {
 }
 
 /// Samples and decodes a clip and adds its units.
-fn add_clip(
-    pipeline: &Pipeline,
-    prompt: &str,
-    seed: u64,
-    fit: &mut LatentRgbFit,
-) -> Result<()> {
+fn add_clip(pipeline: &Pipeline, prompt: &str, seed: u64, fit: &mut LatentRgbFit) -> Result<()> {
     let mut request = Request::new(pipeline.checkpoint(), prompt, None);
     (request.units, request.seed) = (4, seed);
     let prompts = pipeline.encode_prompts(&pipeline.tokenize(&request)?, &mut Quiet)?;
     let noise = &mut PhiloxNoise { seed };
-    let mut latents =
-        pipeline.sample(&request, &prompts, Vec::new(), noise, None, &mut Quiet)?;
+    let mut latents = pipeline.sample(&request, &prompts, Vec::new(), noise, None, &mut Quiet)?;
     let mut frames: Vec<Frame> = Vec::new();
     pipeline.decode(&latents, None, |frame| {
         frames.push(frame);

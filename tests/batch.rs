@@ -137,8 +137,7 @@ fn outputs(folder: &Path) -> Vec<(String, String)> {
 fn records(folder: &Path) -> Vec<Record> {
     let files = fs::read_dir(folder).expect("a folder").flatten();
     let files = files.filter(|f| f.path().extension().is_some_and(|e| e == "jsonl"));
-    let text: String =
-        files.map(|f| fs::read_to_string(f.path()).expect("text")).collect();
+    let text: String = files.map(|f| fs::read_to_string(f.path()).expect("text")).collect();
     text.lines().map(|l| serde_json::from_str(l).expect("a record")).collect()
 }
 

@@ -192,8 +192,10 @@ fn named_output(name: &str) -> Result<PathBuf> {
     let path = Path::new(name);
     let below = path.components().all(|c| matches!(c, Component::Normal(_)));
     if !below || name.contains('\0') || path.as_os_str().is_empty() {
-        return Err(Error::input(format!("the output {name:?} is not below the folder of outputs"))
-            .hint("name it without a leading / and without .."));
+        return Err(Error::input(format!(
+            "the output {name:?} is not below the folder of outputs"
+        ))
+        .hint("name it without a leading / and without .."));
     }
     OutputTarget::parse(path).map_err(|e| e.of_kind(ErrorKind::Input))?;
     Ok(path.into())
@@ -288,7 +290,8 @@ mod tests {
         assert_ne!(jobs[5].request.seed, jobs[6].request.seed);
         // A line more changes no other line's job.
         let longer = made(&format!("{{\"prompt\": \"first\"}}\n{text}"));
-        let same = longer[1..].iter().zip(&jobs).all(|(a, b)| a.key == b.key && a.output == b.output);
+        let same =
+            longer[1..].iter().zip(&jobs).all(|(a, b)| a.key == b.key && a.output == b.output);
         assert!(same);
         // These are part of the meaning of a file of prompts: they must never change.
         assert_eq!(jobs[5].output.to_str(), Some(FOX));

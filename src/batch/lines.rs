@@ -20,10 +20,12 @@ impl Form {
         match path.extension().and_then(|e| e.to_str()) {
             Some("jsonl" | "ndjson" | "json") => Form::Json,
             Some("txt") => Form::Text,
-            _ => match without_mark(data).split(|&b| b == b'\n').find(|line| says_something(line)) {
-                Some(line) if line.trim_ascii_start().starts_with(b"{") => Form::Json,
-                _ => Form::Text,
-            },
+            _ => {
+                match without_mark(data).split(|&b| b == b'\n').find(|line| says_something(line)) {
+                    Some(line) if line.trim_ascii_start().starts_with(b"{") => Form::Json,
+                    _ => Form::Text,
+                }
+            }
         }
     }
 }
@@ -126,8 +128,7 @@ fn read_line(text: &str, form: Form) -> Result<LineSettings, String> {
         Form::Json => serde_json::from_str(text)
             .map_err(|e| e.to_string().replace("at line 1 column", "at column"))?,
     };
-    let lengths =
-        [settings.seconds.is_some(), settings.frames.is_some(), settings.units.is_some()];
+    let lengths = [settings.seconds.is_some(), settings.frames.is_some(), settings.units.is_some()];
     if lengths.into_iter().filter(|&given| given).count() > 1 {
         return Err("more than one of seconds, frames and units is given".into());
     }
@@ -183,7 +184,8 @@ a fox"#;
         assert_eq!(good.seed, Some(u64::MAX));
         assert_eq!(good.steps.map(OneOrThree::three), Some([3, 2, 1]));
         assert_eq!(good.video_steps.map(OneOrThree::three), Some([4; 3]));
-        let errors = ["colour", "expected a string", "u64", "more than one", "found [", "found a fox"];
+        let errors =
+            ["colour", "expected a string", "u64", "more than one", "found [", "found a fox"];
         for (line, part) in lines[1..].iter().zip(errors) {
             let error = line.content.as_ref().expect_err(part);
             assert!(error.contains(part), "{error} lacks {part}");

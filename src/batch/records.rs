@@ -65,12 +65,8 @@ impl Records {
         fs::create_dir_all(folder).map_err(|e| Error::io("cannot create", folder, e))?;
         let path = folder.join(format!("{name}.jsonl"));
         let failed = |e| Error::io("cannot open", &path, e);
-        let mut file = OpenOptions::new()
-            .create(true)
-            .read(true)
-            .append(true)
-            .open(&path)
-            .map_err(failed)?;
+        let mut file =
+            OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(failed)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {

@@ -73,9 +73,8 @@ pub fn run(args: &Args, prompts: &Path) -> Result<()> {
     let console = RefCell::new(console);
     let mut maker = PipelineMaker { pipeline: &pipeline, look: &args.look, console: &console };
     let mut tell = |told: Told| tell(&mut console.borrow_mut(), &folder, told);
-    let (summary, result) = pyraflow::batch::run(
-        &entries, &folder, &mut records, options, &mut maker, &mut tell,
-    );
+    let (summary, result) =
+        pyraflow::batch::run(&entries, &folder, &mut records, options, &mut maker, &mut tell);
     let mut console = console.into_inner();
     console.tell(&format!("{summary}; see {}", records.path().display()));
     console.json(&json!({

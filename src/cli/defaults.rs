@@ -65,7 +65,8 @@ fn with_default(
         .filter(|group| group.contains(&long))
         .flat_map(|group| group.iter().copied().filter(|&other| other != long))
         .collect();
-    let short = |other: &str| command.get_arguments().find(|a| a.get_long() == Some(other))?.get_short();
+    let short =
+        |other: &str| command.get_arguments().find(|a| a.get_long() == Some(other))?.get_short();
     if rivals.iter().any(|other| is_typed(args, other, short(other))) {
         // clap would take two for a contradiction.
         return with_arg(command, long, |arg| arg.env(None::<&'static str>));
@@ -77,7 +78,9 @@ fn with_default(
         let arg = arg.env(variable(long)).hide_env(true);
         let arg = if flag { arg.value_parser(BoolishValueParser::new()) } else { arg };
         match value {
-            Some(value) => arg.default_value(value.clone()).required(false).hide_default_value(true),
+            Some(value) => {
+                arg.default_value(value.clone()).required(false).hide_default_value(true)
+            }
             None => arg,
         }
     })
@@ -149,7 +152,8 @@ impl File {
                     None => command.get_subcommands().any(within),
                 };
                 if !known {
-                    let whose = sub.map_or("no command".into(), |s| format!("not {}", s.get_name()));
+                    let whose =
+                        sub.map_or("no command".into(), |s| format!("not {}", s.get_name()));
                     return Err(self.wrong(name, &format!("{whose} has such an option")));
                 }
                 if typed(value).is_none() {

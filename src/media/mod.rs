@@ -25,6 +25,7 @@ pub use frame::Frame;
 pub use image::{Fit, load_image, probe_image};
 pub use inspect::{MediaInfo, inspect};
 pub use output::{
-    Format, FrameSink, Metadata, OutputTarget, VideoSpec, check_file_target, check_target, open_sink,
+    Format, FrameSink, Metadata, OutputTarget, VideoSpec, check_file_target, check_target,
+    open_sink,
 };
 pub use png::write_png;

@@ -81,11 +81,7 @@ pub fn write_png(path: &Path, frame: &Frame) -> Result<()> {
     file.persist(path).map(drop).map_err(|e| failed(e.error))
 }
 
-fn encode(
-    file: impl Write,
-    frame: &Frame,
-    comment: Option<&str>,
-) -> Result<(), EncodingError> {
+fn encode(file: impl Write, frame: &Frame, comment: Option<&str>) -> Result<(), EncodingError> {
     let mut encoder = Encoder::new(file, frame.width(), frame.height());
     encoder.set_color(ColorType::Rgb);
     encoder.set_depth(BitDepth::Eight);

@@ -45,7 +45,8 @@ impl Pipeline {
             ))
             .hint("run the same generate command again"));
         }
-        let output = Output { keep_units: output.keep_units || state.folder.is_some(), ..output.clone() };
+        let output =
+            Output { keep_units: output.keep_units || state.folder.is_some(), ..output.clone() };
         let start = Start { image: None, finished, saved, given };
         self.produce(request, &output, &tokens, start, reporter)
     }

@@ -48,7 +48,8 @@ pub use preview::{LatentRgb, LatentRgbFit};
 pub use progress::{Event, Phase, Quiet, Reporter};
 pub use prompts::{EncodedPrompt, PromptTokens, Tokenizers};
 pub use request::{
-    FRAME_RATE, FirstImage, Preset, Request, SIZE_MULTIPLE, Tiling, units_of_frames, units_of_seconds,
+    FRAME_RATE, FirstImage, Preset, Request, SIZE_MULTIPLE, Tiling, units_of_frames,
+    units_of_seconds,
 };
 pub use saved::SavedRun;
 pub use state::{State, units_folder};
@@ -62,9 +63,7 @@ use crate::checkpoint::{Checkpoint, Component, ComponentWeights, StoreOptions};
 use crate::exec::Backend;
 use crate::media::Frame;
 use crate::models::{ExpectedWeight, clip, t5, vae as vae_model};
-use crate::sampler::{
-    Latent, LatentScaling, LatentShape, NoiseSource, sample, sample_posterior,
-};
+use crate::sampler::{Latent, LatentScaling, LatentShape, NoiseSource, sample, sample_posterior};
 use crate::tensor::WeightSource;
 use crate::{Error, Result};
 

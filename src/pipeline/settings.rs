@@ -83,10 +83,9 @@ impl Request {
         };
         let linear_guidance = match &settings["linear_guidance"] {
             Value::Null => None,
-            linear => Some(LinearGuidance {
-                alpha: parse(linear, "alpha")?,
-                min: parse(linear, "min")?,
-            }),
+            linear => {
+                Some(LinearGuidance { alpha: parse(linear, "alpha")?, min: parse(linear, "min")? })
+            }
         };
         let tiling = match &settings["tile"] {
             Value::Null => None,

@@ -108,7 +108,14 @@ impl Bench {
     }
 
     fn prepare(&self, mut command: Command) -> Command {
-        command.current_dir(self.dir.path()).env_remove("PYRAFLOW_MODEL");
+        command.current_dir(self.dir.path());
+        // Nor should settings of whoever runs the tests count.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("PYRAFLOW_") {
+                command.env_remove(name);
+            }
+        }
+        command.env("XDG_CONFIG_HOME", self.path("config"));
         command.env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
