@@ -30,16 +30,33 @@ pub struct BatchArgs {
     pub(super) prompts: Option<PathBuf>,
 
     /// Do the other lines of --prompts when one is bad or fails
-    #[arg(long, requires = "prompts")]
+    #[arg(long)]
     keep_going: bool,
 
     /// Do only this part of --prompts, I from 0 to N-1, while other machines do the others
-    #[arg(long, value_name = "I/N", requires = "prompts", default_value = "0/1")]
-    shard: Shard,
+    #[arg(long, value_name = "I/N")]
+    shard: Option<Shard>,
 
-    /// Format of the videos of --prompts: mp4, png, gif or y4m
-    #[arg(long, value_name = "NAME", requires = "prompts", default_value = "mp4", value_parser = format)]
-    format: Format,
+    /// Format of the videos of --prompts: mp4, png, gif or y4m [default: mp4]
+    #[arg(long, value_name = "NAME", value_parser = format)]
+    format: Option<Format>,
+}
+
+impl BatchArgs {
+    /// Refuses what says nothing without --prompts.
+    pub(super) fn check_single(&self) -> Result<()> {
+        for (name, given) in [
+            ("--keep-going", self.keep_going),
+            ("--shard", self.shard.is_some()),
+            ("--format", self.format.is_some()),
+        ] {
+            if given {
+                return Err(Error::usage(format!("{name} is for many videos"))
+                    .hint("name a file of prompts: --prompts FILE"));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Generates the videos of all lines.
@@ -57,7 +74,7 @@ pub fn run(args: &Args, prompts: &Path) -> Result<()> {
     let checkpoint = Checkpoint::open(&model, variant.as_deref())?;
     let entries = entries(args, &checkpoint, prompts, &lines);
     let options = Options {
-        shard: args.batch.shard,
+        shard: args.batch.shard.unwrap_or(Shard::WHOLE),
         keep_going: args.batch.keep_going,
         overwrite: args.overwrite,
         keep_units: args.keep_units,
@@ -113,7 +130,7 @@ fn entries(
     // checkpoint in other places.
     let name = checkpoint.dir().file_name().unwrap_or_default().to_string_lossy();
     let model = json!([name, checkpoint.family(), checkpoint.variant()]);
-    let naming = Naming { format: args.batch.format, model };
+    let naming = Naming { format: args.batch.format.unwrap_or(Format::Mp4), model };
     let beside = prompts.parent().unwrap_or(Path::new(""));
     jobs(lines, &naming, |line| {
         let video = args.video.with_line(line, beside)?;

@@ -85,6 +85,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
         return batch::run(args, prompts);
     }
+    args.batch.check_single()?;
     let path = args.output.clone().unwrap_or_else(|| "video.mp4".into());
     let mut output = Output::to(&path)?;
     args.run.prepare(Some(&output.target))?;
@@ -133,8 +134,7 @@ fn request(args: &Args, checkpoint: &Checkpoint, prompt: &str) -> Result<Request
     args.video.apply(&mut request)?;
     request.seed = args.seed.unwrap_or_else(random_seed);
     if let Some(path) = &args.latents {
-        // What a file of latents says goes on in its own size and, if that is not too short,
-        // length.
+        // A video goes on in its own size.
         let file = read_latents(path)?;
         if let (Some(latent), None) = (file.units.first(), args.video.size) {
             (request.width, request.height) =

@@ -149,3 +149,86 @@ fn encoded(moof: &Moof) -> Result<Vec<u8>> {
 fn invalid(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
     Error::new(ErrorKind::Io, "cannot make a fragment of the mp4").because(reason)
 }
+
+#[cfg(test)]
+mod tests {
+    use mp4_atom::{Atom, Decode, Header, Mdat};
+
+    use super::super::mp4::Mp4Sink;
+    use super::super::{Frame, FrameSink, Metadata, VideoSpec};
+    use super::*;
+
+    const SPEC: VideoSpec =
+        VideoSpec { width: 64, height: 64, fps_num: 24, fps_den: 1, frames: 17 };
+
+    /// Sizes and flags of the samples of each fragment, and all samples.
+    fn fragments(mut file: &[u8]) -> (Vec<Vec<TrunEntry>>, Vec<u8>) {
+        let whole = file;
+        Ftyp::decode(&mut file).expect("ftyp");
+        let moov = Moov::decode(&mut file).expect("moov");
+        let stbl = &moov.trak[0].mdia.minf.stbl;
+        assert!(moov.mvex.is_some() && stbl.stts.entries.is_empty());
+        assert_eq!(stbl.stsd.codecs.len(), 1, "the decoder's parameters");
+        let (mut fragments, mut data, mut frames) = (Vec::new(), Vec::new(), 0);
+        while !file.is_empty() {
+            let start = whole.len() - file.len();
+            let moof = Moof::decode(&mut file).expect("moof");
+            let traf = &moof.traf[0];
+            assert_eq!(moof.mfhd.sequence_number as usize, fragments.len() + 1);
+            assert!(traf.tfhd.default_base_is_moof);
+            let ticks = traf.tfdt.as_ref().expect("a time").base_media_decode_time;
+            assert_eq!(ticks, frames * 1000);
+            let mdat = Header::decode(&mut file).expect("mdat");
+            assert_eq!(mdat.kind, Mdat::KIND);
+            let offset = traf.trun[0].data_offset.expect("an offset") as usize;
+            assert_eq!(start + offset, whole.len() - file.len(), "where the samples are");
+            let entries: Vec<TrunEntry> = traf.trun[0].samples.iter().collect();
+            let size: u32 = entries.iter().map(|e| e.size.expect("a size")).sum();
+            let (samples, rest) = file.split_at(size as usize);
+            assert_eq!(mdat.size, Some(size as usize));
+            data.extend_from_slice(samples);
+            file = rest;
+            frames += entries.len() as u64;
+            fragments.push(entries);
+        }
+        (fragments, data)
+    }
+
+    #[test]
+    fn every_unit_is_a_fragment_with_the_samples_of_the_final_file() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("a.mp4");
+        let metadata = Metadata { comment: Some("{}".into()) };
+        let create = || Mp4Sink::create(&path, &SPEC, &metadata, false).expect("a sink");
+        let picture = |i: u32| {
+            let at = move |x, y| [(x * 3 + i * 9) as u8, (y * 3) as u8, 90];
+            Frame::from_fn(64, 64, at).expect("a frame")
+        };
+        let mut sink = create();
+        sink.show_early().expect("a live file");
+        let live = live_path(&path);
+        assert_eq!(live.file_name().and_then(|n| n.to_str()), Some("a.live.mp4"));
+        for frame in 0..17 {
+            sink.push(&picture(frame)).expect("pushed");
+            if frame % 8 == 0 {
+                sink.settle().expect("settled");
+                let (fragments, _) = fragments(&fs::read(&live).expect("the live file"));
+                assert_eq!(fragments.len() as u32, frame / 8 + 1);
+            }
+        }
+        let (fragments, data) = fragments(&fs::read(&live).expect("the live file"));
+        assert_eq!(fragments.iter().map(Vec::len).collect::<Vec<_>>(), [1, 8, 8]);
+        assert_eq!(fragments[0][0].flags, Some(KEY));
+        assert_eq!(fragments[1][3].flags, Some(NOT_KEY));
+        Box::new(sink).finish().expect("finished");
+        assert!(!live.exists());
+        let followed = fs::read(&path).expect("the file");
+        assert!(followed.ends_with(&data), "the same samples");
+
+        let plain = folder.path().join("b.mp4");
+        let mut sink = Mp4Sink::create(&plain, &SPEC, &metadata, false).expect("a sink");
+        (0..17).for_each(|frame| sink.push(&picture(frame)).expect("pushed"));
+        Box::new(sink).finish().expect("finished");
+        assert!(fs::read(&plain).expect("the file") == followed);
+    }
+}

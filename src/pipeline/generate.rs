@@ -115,7 +115,7 @@ impl Pipeline {
         let (_, spec) = request.resolve()?;
         output.check(&spec)?;
         self.warn_of_untrained_size(request, reporter);
-        self.check_memory(request)?;
+        self.check_memory(request, output)?;
         let mut start = Start::read(request)?;
         let tokens = self.tokenize(request)?;
         warn_of_losses(request, &tokens, reporter);
@@ -172,17 +172,18 @@ impl Pipeline {
             false => None,
         };
         let clock = Instant::now();
+        if let Some(stream) = &mut stream {
+            for (unit, latent) in finished.iter().enumerate() {
+                stream.push(unit, latent, reporter).map_err(kept)?;
+            }
+        }
         let mut each_unit = |unit: usize, latent: &Latent, reporter: &mut dyn Reporter| {
             if let Some(saved) = &saved {
                 saved.save(unit, latent)?;
             }
             stream.as_mut().map_or(Ok(()), |stream| stream.push(unit, latent, reporter))
         };
-        let mut latents = std::mem::take(&mut finished);
-        let early = if output.early { &latents[..] } else { &[] };
-        for (unit, latent) in early.iter().enumerate() {
-            each_unit(unit, latent, reporter).map_err(kept)?;
-        }
+        let mut latents = finished;
         if latents.len() < request.units {
             latents = self
                 .sample_each(request, &prompts, latents, &mut noise, &mut each_unit, reporter)
@@ -269,22 +270,30 @@ impl Pipeline {
         }
     }
 
-    /// Refuses what cannot fit into the device's memory.
-    pub(super) fn check_memory(&self, request: &Request) -> Result<()> {
+    /// Refuses what cannot fit into the device's memory, and what cannot be decoded early.
+    pub(super) fn check_memory(&self, request: &Request, output: &Output) -> Result<()> {
+        if output.early && request.tiling.is_some() {
+            return Err(Error::usage("tiles are decoded when all units are there")
+                .hint("leave out --tile, or what shows frames while they are made"));
+        }
         let phases = plan(&super::Networks::of(self.checkpoint())?, request, self.backend())?;
         let copied = |p: &super::PhasePlan| match self.backend().copies_weights() {
             true => p.weight_bytes,
             false => 0,
         };
         let need = |p: &super::PhasePlan| p.memory_bytes() + copied(p);
-        let Some(largest) = phases.iter().max_by_key(|p| need(p)) else { return Ok(()) };
+        // Decoding early, both are in memory at once.
+        let at_once = |p: &&super::PhasePlan| matches!(&*p.name, "sampling" | "decoding");
+        let both = phases.iter().filter(at_once).map(need).sum();
+        let early = output.early.then_some(("sampling with decoding", both));
+        let all = phases.iter().map(|p| (&*p.name, need(p))).chain(early);
+        let Some((name, need)) = all.max_by_key(|&(_, need)| need) else { return Ok(()) };
         match self.backend().free_memory() {
-            Some(available) if need(largest) > available => {
+            Some(available) if need > available => {
                 let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
                 Err(Error::memory(format!(
-                    "{} needs {:.1} GiB, {:.1} GiB are free",
-                    largest.name,
-                    gib(need(largest)),
+                    "{name} needs {:.1} GiB, {:.1} GiB are free",
+                    gib(need),
                     gib(available)
                 ))
                 .hint("make the video smaller or shorter; `pyraflow plan` shows what it takes"))

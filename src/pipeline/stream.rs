@@ -4,9 +4,9 @@
 use std::time::Instant;
 
 use super::{Output, Pipeline, Reporter, Request, Vae, stop_if_cancelled};
+use crate::Result;
 use crate::media::{FrameSink, Metadata, open_sink};
 use crate::sampler::{Latent, LatentScaling};
-use crate::{Error, Result};
 
 /// Decodes unit after unit into the output, while the next ones are sampled. Every unit is
 /// decoded once, and to the bits that decoding all of them at the end gives.
@@ -19,16 +19,12 @@ pub(super) struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    /// Opens the decoder and the output.
+    /// Opens the decoder and the output. There must be no tiling: a tile is decoded whole.
     pub(super) fn open(
         pipeline: &'a Pipeline,
         request: &Request,
         output: &Output,
     ) -> Result<Stream<'a>> {
-        if request.tiling.is_some() {
-            return Err(Error::usage("tiles are decoded when all units are there")
-                .hint("leave out --tile, or what shows frames while they are made"));
-        }
         let (_, spec) = request.resolve()?;
         let metadata = Metadata { comment: Some(pipeline.settings(request).to_string()) };
         let mut sink = open_sink(&output.target, &spec, &metadata, output.overwrite)?;

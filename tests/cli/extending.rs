@@ -43,6 +43,19 @@ fn a_clip_becomes_the_longer_one_bit_for_bit() {
 }
 
 #[test]
+fn a_clip_of_the_built_in_model_becomes_the_longer_one() {
+    let bench = Bench::new();
+    let ask = Generate::new().without("--model").without("--size").set("--steps", "2");
+    let ask = ask.set("--video-steps", "2").prompt("a red star spins");
+    bench.generate(&ask.clone().set("-o", "long.mp4").set("--units", "5")).ok();
+    bench.generate(&ask.flag("--keep-units")).ok();
+    on(&bench, "extend", "out.mp4", &["--frames", "33", "-o", "longer.mp4"]).ok();
+    assert!(bench.read("longer.mp4") == bench.read("long.mp4"));
+    on(&bench, "decode", "out.mp4", &["--frames", "33", "-o", "decoded.mp4"]).ok();
+    assert!(bench.read("decoded.mp4") == bench.read("long.mp4"));
+}
+
+#[test]
 fn a_clip_from_an_image_becomes_longer_without_the_image() {
     let bench = Bench::new();
     bench.generate(&Generate::to("first.png").set("--units", "1")).ok();
@@ -89,7 +102,7 @@ fn latents_begin_a_video_with_another_prompt() {
         .ok();
     bench.generate(&Generate::to("d.mp4").set("--units", "3").set("--save-latents", "d.st")).ok();
     assert!(units("c.st") == units("d.st") && units("c.st") != b);
-    // Interrupted after the given units: resumed to the same.
+    let ask = ask.set("-o", "e.mp4");
     bench.refuses(&ask.clone().set("--units", "1"), 3, &["2 latent frames already", "--units 2"]);
     bench.refuses(&ask.clone().set("--size", "128x64"), 3, &["a.st", "64x64", "--size 64x64"]);
     bench.refuses(&ask.clone().set("--image", "x.png"), 2, &["--image"]);

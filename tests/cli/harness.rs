@@ -243,7 +243,7 @@ impl<'a> Running<'a> {
     }
 
     /// Waits until `name` is there; false if the run ended first.
-    pub fn wait_for(&mut self, name: impl Fn(&[String]) -> bool) -> bool {
+    pub fn wait_for(&mut self, mut name: impl FnMut(&[String]) -> bool) -> bool {
         while self.started.elapsed() < LIMIT {
             if name(&self.bench.files()) {
                 return true;

@@ -170,7 +170,8 @@ fn what_cannot_be_done_with_many_is_refused() {
         (many("p.txt").set("--save-latents", "x"), 2, "--save-latents is for a single video"),
         (many("p.txt").set("--format", "webm"), 2, "mp4, png, gif or y4m"),
         (many("p.txt").set("--steps", "0"), 3, "line 1: first unit"),
-        (Generate::new().flag("--keep-going"), 2, "--prompts"),
+        (Generate::new().flag("--keep-going"), 2, "--prompts FILE"),
+        (Generate::new().set("--shard", "0/2"), 2, "--shard is for many"),
     ] {
         bench.refuses(&ask, code, &[part]);
     }
