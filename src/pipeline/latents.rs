@@ -78,11 +78,10 @@ pub fn read_latents(path: &Path) -> Result<LatentsFile> {
     let view = file.tensor("latents").map_err(|e| wrong(e.to_string()))?;
     let metadata = header.metadata().clone().unwrap_or_default();
     let text = metadata.get("settings").map_or("", String::as_str);
-    if let Some(promised) = metadata.get("sha256") {
-        if *promised != hash([text.as_bytes(), view.data()]) {
-            return Err(Error::input(format!("{} is damaged", path.display()))
-                .hint("its contents do not match the hash in it; make or copy it again"));
-        }
+    let whole = hash([text.as_bytes(), view.data()]);
+    if metadata.get("sha256").is_some_and(|promised| *promised != whole) {
+        return Err(Error::input(format!("{} is damaged", path.display()))
+            .hint("its contents do not match the hash in it; make or copy it again"));
     }
     let shape = shape_of(view.shape()).map_err(wrong)?;
     let values = values_of(&view).map_err(wrong)?;

@@ -48,8 +48,8 @@ impl LatentRgb {
 pub struct LatentRgbFit {
     /// Sums of products of the terms.
     square: [[f64; TERMS]; TERMS],
-    /// Sums of products of the terms with the colours.
-    right: [[f64; 3]; TERMS],
+    /// Sums of products of each colour with the terms.
+    right: [[f64; TERMS]; 3],
     /// Sum of the squared colours.
     colours: f64,
     positions: u64,
@@ -57,7 +57,7 @@ pub struct LatentRgbFit {
 
 impl Default for LatentRgbFit {
     fn default() -> Self {
-        let (square, right) = ([[0.0; TERMS]; TERMS], [[0.0; 3]; TERMS]);
+        let (square, right) = ([[0.0; TERMS]; TERMS], [[0.0; TERMS]; 3]);
         LatentRgbFit { square, right, colours: 0.0, positions: 0 }
     }
 }
@@ -80,7 +80,7 @@ impl LatentRgbFit {
             terms.iter_mut().zip(values).for_each(|(t, &v)| *t = f64::from(v));
             for (i, a) in terms.iter().enumerate() {
                 self.square[i].iter_mut().zip(&terms).for_each(|(s, b)| *s += a * b);
-                self.right[i].iter_mut().zip(&mean).for_each(|(s, b)| *s += a * b);
+                self.right.iter_mut().zip(&mean).for_each(|(s, b)| s[i] += a * b);
             }
             self.colours += mean.iter().map(|v| v * v).sum::<f64>();
             self.positions += 1;
@@ -98,28 +98,22 @@ impl LatentRgbFit {
             row[i] += 1e-6 * self.positions as f64;
         }
         let solution = solve(square, self.right)?;
-        let mut map = LatentRgb { weights: [[0.0; 3]; CHANNELS], bias: [0.0; 3] };
-        let rows = map.weights.iter_mut().chain([&mut map.bias]);
-        for (row, values) in rows.zip(&solution) {
-            *row = values.map(|v| v as f32);
-        }
-        Some(map)
+        let row = |i: usize| solution.map(|colour| colour[i] as f32);
+        Some(LatentRgb { weights: std::array::from_fn(row), bias: row(CHANNELS) })
     }
 
     /// Which share of the variance of the colours added here `map` explains, 1 being all.
     pub fn explained(&self, map: &LatentRgb) -> f64 {
-        let rows: Vec<[f64; 3]> =
-            map.weights.iter().chain([&map.bias]).map(|row| row.map(f64::from)).collect();
-        let mut error = self.colours;
-        let mut total = self.colours;
-        for c in 0..3 {
-            for i in 0..TERMS {
-                error -= 2.0 * rows[i][c] * self.right[i][c];
-                for j in 0..TERMS {
-                    error += rows[i][c] * self.square[i][j] * rows[j][c];
-                }
-            }
-            total -= self.right[CHANNELS][c].powi(2) / self.positions as f64;
+        let (mut error, mut total) = (self.colours, self.colours);
+        for (colour, right) in self.right.iter().enumerate() {
+            let rows = map.weights.iter().chain([&map.bias]);
+            let column: Vec<f64> = rows.map(|row| f64::from(row[colour])).collect();
+            let dot = |other: &[f64; TERMS]| -> f64 {
+                column.iter().zip(other).map(|(a, b)| a * b).sum()
+            };
+            let squares = column.iter().zip(&self.square).map(|(a, row)| a * dot(row));
+            error += squares.sum::<f64>() - 2.0 * dot(right);
+            total -= right[CHANNELS].powi(2) / self.positions as f64;
         }
         1.0 - error / total
     }
@@ -142,8 +136,8 @@ fn mean_colour(frames: &[&Frame], x: usize, y: usize) -> [f64; 3] {
 /// Solves a symmetric positive definite system by Cholesky's method; `None` if it is none.
 fn solve(
     mut square: [[f64; TERMS]; TERMS],
-    mut right: [[f64; 3]; TERMS],
-) -> Option<[[f64; 3]; TERMS]> {
+    mut right: [[f64; TERMS]; 3],
+) -> Option<[[f64; TERMS]; 3]> {
     for i in 0..TERMS {
         for j in 0..=i {
             let dot: f64 = (0..j).map(|k| square[i][k] * square[j][k]).sum();
@@ -157,14 +151,14 @@ fn solve(
             }
         }
     }
-    for c in 0..3 {
+    for column in &mut right {
         for i in 0..TERMS {
-            let dot: f64 = (0..i).map(|k| square[i][k] * right[k][c]).sum();
-            right[i][c] = (right[i][c] - dot) / square[i][i];
+            let dot: f64 = square[i].iter().zip(&column[..i]).map(|(a, b)| a * b).sum();
+            column[i] = (column[i] - dot) / square[i][i];
         }
         for i in (0..TERMS).rev() {
-            let dot: f64 = (i + 1..TERMS).map(|k| square[k][i] * right[k][c]).sum();
-            right[i][c] = (right[i][c] - dot) / square[i][i];
+            let dot: f64 = (i + 1..TERMS).map(|k| square[k][i] * column[k]).sum();
+            column[i] = (column[i] - dot) / square[i][i];
         }
     }
     Some(right)
