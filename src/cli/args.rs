@@ -1,7 +1,7 @@
 //! Arguments that `generate` and `plan` share, and what they mean.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::ValueEnum;
@@ -90,6 +90,10 @@ pub struct VideoArgs {
         require_equals = true
     )]
     pub tile: Option<usize>,
+
+    /// Take sizes and lengths that the model was not made for
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// See [`Fit`].
@@ -197,8 +201,9 @@ impl VideoArgs {
         Some(FirstImage { path, fit: self.fit.into() })
     }
 
-    /// Puts what was typed into `request`, which holds the model's own settings.
-    pub fn apply(&self, request: &mut Request) -> Result<()> {
+    /// Puts what was typed into `request`, which holds the own settings of a model of this
+    /// variant.
+    pub fn apply(&self, request: &mut Request, variant: Variant) -> Result<()> {
         self.apply_size(request)?;
         if let Some(seconds) = self.seconds {
             request.units = units_of_seconds(seconds)?;
@@ -227,7 +232,9 @@ impl VideoArgs {
             request.suffix.clear();
         }
         request.tiling = self.tile.map(Tiling::new).transpose()?;
-        Ok(())
+        // What is impossible is told before what is unwise.
+        request.resolve()?;
+        if self.force { Ok(()) } else { request.check_trained(variant) }
     }
 
     fn apply_size(&self, request: &mut Request) -> Result<()> {
@@ -253,14 +260,4 @@ impl VideoArgs {
         }
         Ok(())
     }
-}
-
-/// Which variant of the checkpoint in `dir` to open: the one named, else the one the size
-/// belongs to if the checkpoint has it. `None` leaves the choice to [`Checkpoint::open`],
-/// which takes the only one.
-///
-/// [`Checkpoint::open`]: pyraflow::checkpoint::Checkpoint::open
-pub fn choose_variant(dir: &Path, named: Option<&str>, by_size: Option<Variant>) -> Option<String> {
-    let by_size = by_size.filter(|v| Variant::available(dir).contains(v));
-    named.map(String::from).or_else(|| by_size.map(|v| v.name().to_string()))
 }

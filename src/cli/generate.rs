@@ -8,8 +8,9 @@ use pyraflow::media::OutputTarget;
 use pyraflow::pipeline::{Output, Pipeline, Request};
 use pyraflow::{Error, Result};
 
-use super::args::{VideoArgs, choose_variant};
+use super::args::VideoArgs;
 use super::device::{Device, open_backend};
+use super::model::{Located, locate};
 use super::progress::{Console, Mode};
 
 /// Arguments of `generate`.
@@ -18,8 +19,9 @@ pub struct Args {
     #[command(flatten)]
     video: VideoArgs,
 
-    /// Folder of a checkpoint in the published layout [default: the small built-in model]
-    #[arg(long, value_name = "DIR", env = "PYRAFLOW_MODEL")]
+    /// A model that was pulled, such as miniflux-768p or OWNER/NAME, or the folder of a
+    /// checkpoint in the published layout [default: the small built-in model]
+    #[arg(long, value_name = "NAME|DIR", env = "PYRAFLOW_MODEL")]
     model: Option<PathBuf>,
 
     /// Which transformer of the checkpoint: 384p, 768p or image [default: by size]
@@ -93,14 +95,13 @@ pub fn run(args: Args) -> Result<()> {
             .hint("say what to show, as in: pyraflow generate \"a fox runs through snow\""));
     }
     let model = match &args.model {
-        Some(model) => model.clone(),
-        None => pyraflow::demo::folder()?,
+        Some(model) => locate(model)?,
+        None => Located::folder(pyraflow::demo::folder()?),
     };
-    let by_size = args.video.variant_of_size();
-    let variant = choose_variant(&model, args.variant.as_deref(), by_size);
-    let checkpoint = Checkpoint::open(&model, variant.as_deref())?;
+    let variant = model.choose(args.variant.as_deref(), args.video.variant_of_size())?;
+    let checkpoint = Checkpoint::open(&model.dir, variant.as_deref())?;
     let mut request = Request::new(&checkpoint, &prompt, args.video.first_image());
-    args.video.apply(&mut request)?;
+    args.video.apply(&mut request, checkpoint.variant())?;
     request.seed = args.seed.unwrap_or_else(random_seed);
     // Before the weights are touched: converting them can take minutes.
     let (_, spec) = request.resolve()?;

@@ -25,7 +25,7 @@ pub enum Mode {
 }
 
 /// Least time between two progress events in JSON.
-const JSON_INTERVAL: Duration = Duration::from_millis(200);
+pub(super) const JSON_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Shows events on the console and listens for signals: the first interrupt asks the run to
 /// stop, the second ends the process at once.
@@ -40,15 +40,7 @@ pub struct Console {
 impl Console {
     /// Installs the signal handlers.
     pub fn new(mode: Mode) -> Result<Console> {
-        let interrupted = Arc::new(AtomicBool::new(false));
-        let code = i32::from(ErrorKind::Interrupted.exit_code());
-        for signal in [SIGINT, SIGTERM] {
-            // In this order: the second signal finds the flag set and exits.
-            let armed = Arc::clone(&interrupted);
-            signal_hook::flag::register_conditional_shutdown(signal, code, armed)
-                .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
-                .map_err(|e| Error::new(ErrorKind::Io, "cannot listen for signals").because(e))?;
-        }
+        let interrupted = watch_signals()?;
         let shown = mode == Mode::People && stderr().is_terminal();
         let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
         let style = ProgressStyle::with_template(
@@ -156,7 +148,21 @@ impl Drop for Console {
     }
 }
 
-fn json_line(value: &impl serde::Serialize) -> Result<()> {
+/// A flag that the first interrupt sets; the second ends the process.
+pub(super) fn watch_signals() -> Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let code = i32::from(ErrorKind::Interrupted.exit_code());
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the second signal finds the flag set and exits.
+        let armed = Arc::clone(&interrupted);
+        signal_hook::flag::register_conditional_shutdown(signal, code, armed)
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
+            .map_err(|e| Error::new(ErrorKind::Io, "cannot listen for signals").because(e))?;
+    }
+    Ok(interrupted)
+}
+
+pub(super) fn json_line(value: &impl serde::Serialize) -> Result<()> {
     let line = serde_json::to_string(value)
         .map_err(|e| Error::new(ErrorKind::Io, "cannot write an event").because(e))?;
     super::print(&format!("{line}\n"))

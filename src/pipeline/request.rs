@@ -187,6 +187,33 @@ impl Request {
             .hint(format!("it has positions for {most} pixels in each direction")))
     }
 
+    /// Checks that the model was trained for this size and length. Others work, but what they
+    /// make is rarely of use, and only shows after minutes.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Input`] listing the sizes and the length it was trained for.
+    pub fn check_trained(&self, variant: Variant) -> Result<()> {
+        let (width, height) = (self.width as usize, self.height as usize);
+        if variant.fits(width, height, self.units) {
+            return Ok(());
+        }
+        let sizes: Vec<String> = variant.sizes().iter().map(|(w, h)| format!("{w}x{h}")).collect();
+        let most = variant.max_latent_frames();
+        let wrong = if variant.sizes().contains(&(width, height)) {
+            format!("{} latent frames", self.units)
+        } else {
+            format!("{width}x{height}")
+        };
+        let length = match most {
+            1 => "a single image (--units 1)".to_owned(),
+            _ => format!("up to {most} latent frames ({} frames of video)", video_frames(most)),
+        };
+        Err(Error::input(format!("the {variant} model was not made for {wrong}")).hint(format!(
+            "it was made for {}, {length}; --force tries all the same",
+            sizes.join(" and ")
+        )))
+    }
+
     /// The prompt with its suffix.
     pub fn full_prompt(&self) -> String {
         format!("{}{}", self.prompt, self.suffix)

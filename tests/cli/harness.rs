@@ -109,6 +109,8 @@ impl Bench {
 
     fn prepare(&self, mut command: Command) -> Command {
         command.current_dir(self.dir.path()).env_remove("PYRAFLOW_MODEL");
+        // No model of the user's is found.
+        command.env("HF_HOME", self.dir.path().join("store"));
         command.env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -164,6 +166,7 @@ impl Generate {
         ask.set("--model", golden("sd3"))
             .set("--store", "store")
             .set("--size", "64x64")
+            .flag("--force")
             .set("--units", "2")
             .set("--steps", "1")
             .set("--video-steps", "1")
