@@ -10,6 +10,7 @@ pub mod demo;
 pub mod error;
 pub mod exec;
 pub mod graph;
+pub mod hub;
 pub mod media;
 pub mod models;
 pub mod pipeline;

@@ -99,6 +99,10 @@ pub struct VideoArgs {
         require_equals = true
     )]
     pub tile: Option<usize>,
+
+    /// Take sizes and lengths that the model was not made for
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// The length of a video, said in one way at most.
@@ -276,8 +280,9 @@ impl VideoArgs {
         Length { seconds: self.seconds, frames: self.frames, units: self.units }.in_units()
     }
 
-    /// Puts what was typed into `request`, which holds the model's own settings.
-    pub fn apply(&self, request: &mut Request) -> Result<()> {
+    /// Puts what was typed into `request`, which holds the own settings of a model of this
+    /// variant.
+    pub fn apply(&self, request: &mut Request, variant: Variant) -> Result<()> {
         self.apply_size(request)?;
         match (self.fast, self.best) {
             (true, _) => request.apply_preset(Preset::Fast),
@@ -305,7 +310,14 @@ impl VideoArgs {
             request.suffix.clear();
         }
         request.tiling = self.tile.map(Tiling::new).transpose()?;
-        Ok(())
+        // What is impossible is told before what is unwise.
+        request.resolve()?;
+        self.check_trained(request, variant)
+    }
+
+    /// Refuses sizes and lengths that the model was not made for, unless --force takes them.
+    pub fn check_trained(&self, request: &Request, variant: Variant) -> Result<()> {
+        if self.force { Ok(()) } else { request.check_trained(variant) }
     }
 
     fn apply_size(&self, request: &mut Request) -> Result<()> {
@@ -331,14 +343,4 @@ impl VideoArgs {
         }
         Ok(())
     }
-}
-
-/// Which variant of the checkpoint in `dir` to open: the one named, else the one the size
-/// belongs to if the checkpoint has it. `None` leaves the choice to [`Checkpoint::open`],
-/// which takes the only one.
-///
-/// [`Checkpoint::open`]: pyraflow::checkpoint::Checkpoint::open
-pub fn choose_variant(dir: &Path, named: Option<&str>, by_size: Option<Variant>) -> Option<String> {
-    let by_size = by_size.filter(|v| Variant::available(dir).contains(v));
-    named.map(String::from).or_else(|| by_size.map(|v| v.name().to_string()))
 }

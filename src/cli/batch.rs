@@ -13,10 +13,9 @@ use pyraflow::pipeline::{Output, Pipeline, Request, Timings};
 use pyraflow::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 
-use super::args::choose_variant;
 use super::generate::{Args, format};
 use super::progress::Console;
-use super::session::{LookArgs, model_folder};
+use super::session::{LookArgs, model_of};
 
 /// Largest file of prompts.
 const MAX_BYTES: u64 = 1 << 30;
@@ -69,9 +68,9 @@ pub fn run(args: &Args, prompts: &Path) -> Result<()> {
     if lines.is_empty() {
         return Err(Error::input(format!("there are no prompts in {}", prompts.display())));
     }
-    let model = model_folder(args.model.as_deref())?;
-    let variant = choose_variant(&model, args.variant.as_deref(), args.video.variant_of_size());
-    let checkpoint = Checkpoint::open(&model, variant.as_deref())?;
+    let model = model_of(args.model.as_deref())?;
+    let variant = model.choose(args.variant.as_deref(), args.video.variant_of_size())?;
+    let checkpoint = Checkpoint::open(&model.dir, variant.as_deref())?;
     let entries = entries(args, &checkpoint, prompts, &lines);
     let options = Options {
         shard: args.batch.shard.unwrap_or(Shard::WHOLE),
@@ -137,8 +136,7 @@ fn entries(
         let prompt = video.prompt()?;
         video.check_prompt(&prompt)?;
         let mut request = Request::new(checkpoint, &prompt, video.first_image());
-        video.apply(&mut request)?;
-        request.resolve()?;
+        video.apply(&mut request, checkpoint.variant())?;
         request.check_positions(checkpoint.transformer())?;
         Ok((request, line.seed.or(args.seed)))
     })

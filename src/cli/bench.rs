@@ -42,7 +42,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let (networks, family, variant) = networks(&args.model, args.variant.as_deref(), &args.video)?;
     let mut request = Request::published(family, variant, &args.video.prompt()?, None);
-    args.video.apply(&mut request)?;
+    args.video.apply(&mut request, variant)?;
     let backend = open_backend(args.device)?;
     super::say(&format!(
         "{family}, {}x{}, {} latent frames, random weights, on {}",

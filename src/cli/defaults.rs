@@ -23,6 +23,11 @@ const EXCLUSIVE: [&[&str]; 5] = [
     &["image", "latents"],
 ];
 
+/// Options, by command, that are of another kind than where most commands have them: `--json`
+/// of `bench` names a file, and `inspect` shows a model in place of what it is given. A default
+/// for all commands is not theirs; one in the command's own table is.
+const OWN: [(&str, &str); 2] = [("bench", "json"), ("inspect", "model")];
+
 /// Options that must be typed: what they do depends on what else is.
 const TYPED: [&str; 5] = ["prompts", "config", "help", "version", "resume"];
 
@@ -43,7 +48,8 @@ pub fn apply(mut command: Command, args: &[OsString]) -> Result<Command> {
     for name in names {
         command = command.mut_subcommand(&name, |sub| {
             let ids: Vec<String> = sub.get_arguments().filter_map(settable).collect();
-            ids.iter().fold(sub, |sub, long| with_default(sub, long, &file.of(&name), args))
+            let defaults = file.of(&name);
+            ids.iter().fold(sub, |sub, long| with_default(sub, long, &defaults, args))
         });
     }
     Ok(command)
@@ -73,9 +79,10 @@ fn with_default(
     }
     let in_environment = |name: &str| std::env::var_os(variable(name)).is_some();
     let value = file.get(long).filter(|_| !rivals.iter().any(|other| in_environment(other)));
+    let own = OWN.contains(&(command.get_name(), long));
     with_arg(command, long, |arg| {
         let flag = matches!(arg.get_action(), ArgAction::SetTrue);
-        let arg = arg.env(variable(long)).hide_env(true);
+        let arg = if own { arg } else { arg.env(variable(long)).hide_env(true) };
         let arg = if flag { arg.value_parser(BoolishValueParser::new()) } else { arg };
         match value {
             Some(value) => {
@@ -175,7 +182,8 @@ impl File {
             Some(Value::Table(table)) => table.clone(),
             _ => Table::new(),
         };
-        let all = self.table.iter().chain(&own);
+        let shared = self.table.iter().filter(|(name, _)| !OWN.contains(&(command, name)));
+        let all = shared.chain(&own);
         all.filter_map(|(name, value)| Some((name.clone(), typed(value)?))).collect()
     }
 }

@@ -27,8 +27,9 @@ pub struct StateArgs {
     #[arg(long, group = "length", value_name = "N", allow_negative_numbers = true)]
     units: Option<usize>,
 
-    /// Folder of the checkpoint [default: the one that made the latents]
-    #[arg(long, value_name = "DIR", env = "PYRAFLOW_MODEL")]
+    /// A model that was pulled, or the folder of a checkpoint [default: the one that made the
+    /// latents]
+    #[arg(long, value_name = "NAME|DIR", env = "PYRAFLOW_MODEL")]
     model: Option<PathBuf>,
 
     /// Where the video goes: .mp4, .png, .gif, .y4m, or - for y4m on standard output [default:
@@ -58,6 +59,10 @@ pub struct ExtendArgs {
     /// gone on with
     #[arg(long)]
     resume: bool,
+
+    /// Take lengths that the model was not made for
+    #[arg(long)]
+    force: bool,
 
     #[command(flatten)]
     look: LookArgs,
@@ -117,6 +122,10 @@ pub fn extend(args: &ExtendArgs) -> Result<()> {
     args.look.place()?;
     args.look.check(&output)?;
     let checkpoint = checkpoint_of(&state, model.as_deref())?;
+    // The size is what it is; a length that was typed may be one too many.
+    if args.state.length()?.is_some() && !args.force {
+        request.check_trained_length(checkpoint.variant())?;
+    }
     let backend = run.backend()?;
     let mut console = run.console()?;
     let shown = args.state.shown(&state);

@@ -8,9 +8,9 @@ use pyraflow::media::Format;
 use pyraflow::pipeline::{Output, Pipeline, Request, read_latents};
 use pyraflow::{Error, Result};
 
-use super::args::{VideoArgs, choose_variant};
+use super::args::VideoArgs;
 use super::batch::{self, BatchArgs};
-use super::session::{LookArgs, RunArgs, model_folder};
+use super::session::{LookArgs, RunArgs, model_of};
 
 /// Arguments of `generate`.
 #[derive(Debug, clap::Args)]
@@ -21,8 +21,9 @@ pub struct Args {
     #[command(flatten)]
     pub(super) batch: BatchArgs,
 
-    /// Folder of a checkpoint in the published layout [default: the small built-in model]
-    #[arg(long, value_name = "DIR", env = "PYRAFLOW_MODEL")]
+    /// A model that was pulled, such as miniflux-768p or OWNER/NAME, or the folder of a
+    /// checkpoint in the published layout [default: the small built-in model]
+    #[arg(long, value_name = "NAME|DIR", env = "PYRAFLOW_MODEL")]
     pub(super) model: Option<PathBuf>,
 
     /// Which transformer of the checkpoint: 384p, 768p or image [default: by size]
@@ -104,10 +105,9 @@ pub fn run(args: &Args) -> Result<()> {
     let prompt = args.video.prompt()?;
     args.video.check_prompt(&prompt)?;
     args.look.place()?;
-    let model = model_folder(args.model.as_deref())?;
-    let by_size = args.video.variant_of_size();
-    let variant = choose_variant(&model, args.variant.as_deref(), by_size);
-    let checkpoint = Checkpoint::open(&model, variant.as_deref())?;
+    let model = model_of(args.model.as_deref())?;
+    let variant = model.choose(args.variant.as_deref(), args.video.variant_of_size())?;
+    let checkpoint = Checkpoint::open(&model.dir, variant.as_deref())?;
     let request = request(args, &checkpoint, &prompt)?;
     // Before the weights are touched: converting them can take minutes.
     let (_, spec) = request.resolve()?;
@@ -131,7 +131,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn request(args: &Args, checkpoint: &Checkpoint, prompt: &str) -> Result<Request> {
     let mut request = Request::new(checkpoint, prompt, args.video.first_image());
-    args.video.apply(&mut request)?;
+    args.video.apply(&mut request, checkpoint.variant())?;
     request.seed = args.seed.unwrap_or_else(random_seed);
     if let Some(path) = &args.latents {
         // A video goes on in its own size.
@@ -139,6 +139,7 @@ fn request(args: &Args, checkpoint: &Checkpoint, prompt: &str) -> Result<Request
         if let (Some(latent), None) = (file.units.first(), args.video.size) {
             (request.width, request.height) =
                 (latent.shape().width as u32 * 8, latent.shape().height as u32 * 8);
+            args.video.check_trained(&request, checkpoint.variant())?;
         }
         request.latents = Some(path.clone());
     }

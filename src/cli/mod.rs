@@ -9,10 +9,15 @@ mod doctor;
 mod extend;
 mod generate;
 mod inspect;
+mod list;
+mod model;
 mod plan;
 mod preview;
 mod progress;
+mod pull;
+mod rm;
 mod session;
+mod verify;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -48,11 +53,19 @@ enum Command {
     Extend(Box<extend::ExtendArgs>),
     /// Decode saved latents to a video.
     Decode(Box<extend::DecodeArgs>),
+    /// Download a model by name, or go on with an interrupted download.
+    Pull(pull::Args),
+    /// Show which models can be pulled and which are there.
+    List(list::Args),
+    /// Read a model again and compare it with its hashes.
+    Verify(verify::Args),
+    /// Remove a model that was pulled.
+    Rm(rm::Args),
     /// Show what a run takes in memory and arithmetic, without reading any weights.
     Plan(Box<plan::Args>),
     /// Measure a run of a published size with random weights, phase by phase and op by op.
     Bench(Box<bench::Args>),
-    /// Show what a checkpoint folder, a video or an image is and how it was made.
+    /// Show what a model, a checkpoint folder, a video or an image is and how it was made.
     Inspect(inspect::Args),
     /// Show what this program and this machine can run on, and what is in the way.
     Doctor(doctor::Args),
@@ -81,6 +94,10 @@ fn dispatch(command: &Command) -> Result<()> {
         Command::Generate(args) => generate::run(args),
         Command::Extend(args) => extend::extend(args),
         Command::Decode(args) => extend::decode(args),
+        Command::Pull(args) => pull::run(args),
+        Command::List(args) => list::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Rm(args) => rm::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
@@ -108,6 +125,17 @@ fn report(error: &Error) {
     say(&format!("error: {error}"));
     if let Some(hint) = error.hint_text() {
         say(&format!("  hint: {hint}"));
+    }
+}
+
+/// A number of bytes for people.
+fn size(bytes: u64) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        1e9.. => format!("{:.1} GB", bytes / 1e9),
+        1e6.. => format!("{:.1} MB", bytes / 1e6),
+        1e3.. => format!("{:.1} kB", bytes / 1e3),
+        _ => format!("{bytes} B"),
     }
 }
 

@@ -29,8 +29,22 @@ pub enum Mode {
     Quiet,
 }
 
+impl Mode {
+    /// Writes an event as a line of JSON, where that is wanted.
+    pub fn json(self, value: &impl serde::Serialize) -> Result<()> {
+        match self {
+            Mode::Json => super::print(&json_line(value)?),
+            Mode::Log => {
+                super::say(json_line(value)?.trim_end());
+                Ok(())
+            }
+            Mode::People | Mode::Quiet => Ok(()),
+        }
+    }
+}
+
 /// Least time between two progress events in JSON.
-const JSON_INTERVAL: Duration = Duration::from_millis(200);
+pub(super) const JSON_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Shows events on the console and listens for signals: the first interrupt asks the run to
 /// stop, the second ends the process at once.
@@ -46,15 +60,7 @@ pub struct Console {
 impl Console {
     /// Installs the signal handlers.
     pub fn new(mode: Mode) -> Result<Console> {
-        let interrupted = Arc::new(AtomicBool::new(false));
-        let code = i32::from(ErrorKind::Interrupted.exit_code());
-        for signal in [SIGINT, SIGTERM] {
-            // In this order: the second signal finds the flag set and exits.
-            let armed = Arc::clone(&interrupted);
-            signal_hook::flag::register_conditional_shutdown(signal, code, armed)
-                .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
-                .map_err(|e| Error::new(ErrorKind::Io, "cannot listen for signals").because(e))?;
-        }
+        let interrupted = watch_signals()?;
         let shown = mode == Mode::People && stderr().is_terminal();
         let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
         let style = ProgressStyle::with_template(
@@ -85,14 +91,7 @@ impl Console {
 
     /// Writes an event as a line of JSON, where that is wanted.
     pub fn json(&self, value: &impl serde::Serialize) -> Result<()> {
-        match self.mode {
-            Mode::Json => super::print(&json_line(value)?),
-            Mode::Log => {
-                super::say(json_line(value)?.trim_end());
-                Ok(())
-            }
-            Mode::People | Mode::Quiet => Ok(()),
-        }
+        self.mode.json(value)
     }
 
     /// Says what is about to run.
@@ -208,4 +207,18 @@ fn json_line(value: &impl serde::Serialize) -> Result<String> {
     serde_json::to_string(value)
         .map(|line| format!("{line}\n"))
         .map_err(|e| Error::new(ErrorKind::Io, "cannot write an event").because(e))
+}
+
+/// A flag that the first interrupt sets; the second ends the process.
+pub(super) fn watch_signals() -> Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let code = i32::from(ErrorKind::Interrupted.exit_code());
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the second signal finds the flag set and exits.
+        let armed = Arc::clone(&interrupted);
+        signal_hook::flag::register_conditional_shutdown(signal, code, armed)
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
+            .map_err(|e| Error::new(ErrorKind::Io, "cannot listen for signals").because(e))?;
+    }
+    Ok(interrupted)
 }

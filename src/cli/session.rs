@@ -10,6 +10,7 @@ use pyraflow::pipeline::{Output, Pipeline, State};
 use pyraflow::{Error, Result};
 
 use super::device::{Device, open_backend};
+use super::model::{Located, locate};
 use super::preview::{Place, Preview};
 use super::progress::{Console, Mode};
 
@@ -33,6 +34,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
 
+    #[command(flatten)]
+    report: ReportArgs,
+}
+
+/// How a command reports.
+#[derive(Debug, clap::Args)]
+pub struct ReportArgs {
     /// Print events as JSON lines on standard output instead of progress
     #[arg(long)]
     json: bool,
@@ -56,13 +64,25 @@ pub enum Log {
     Json,
 }
 
-impl RunArgs {
-    /// Makes errors from here on appear as asked, and sets the number of threads.
-    pub fn prepare(&self, output: Option<&OutputTarget>) -> Result<()> {
+impl ReportArgs {
+    /// Makes errors from here on appear as asked, and says how to report.
+    pub fn mode(&self) -> Mode {
         if self.log == Log::Json {
             super::report_errors_as_json();
         }
-        if self.json && output == Some(&OutputTarget::Stdout) {
+        match (self.json, self.log, self.quiet) {
+            (true, _, _) => Mode::Json,
+            (_, Log::Json, _) => Mode::Log,
+            (_, _, true) => Mode::Quiet,
+            _ => Mode::People,
+        }
+    }
+}
+
+impl RunArgs {
+    /// Makes errors from here on appear as asked, and sets the number of threads.
+    pub fn prepare(&self, output: Option<&OutputTarget>) -> Result<()> {
+        if self.report.mode() == Mode::Json && output == Some(&OutputTarget::Stdout) {
             return Err(Error::usage("--json and the video cannot both go to standard output"));
         }
         let Some(threads) = self.threads else { return Ok(()) };
@@ -83,12 +103,7 @@ impl RunArgs {
 
     /// Opens the console.
     pub fn console(&self) -> Result<Console> {
-        Console::new(match (self.json, self.log, self.quiet) {
-            (true, _, _) => Mode::Json,
-            (_, Log::Json, _) => Mode::Log,
-            (_, _, true) => Mode::Quiet,
-            _ => Mode::People,
-        })
+        Console::new(self.report.mode())
     }
 
     /// Where converted weights go.
@@ -153,11 +168,11 @@ impl LookArgs {
     }
 }
 
-/// The folder of the checkpoint that was named, or of the built-in model.
-pub fn model_folder(model: Option<&Path>) -> Result<PathBuf> {
-    match model {
-        Some(model) => Ok(model.into()),
-        None => pyraflow::demo::folder(),
+/// The checkpoint that was named, or the built-in model.
+pub fn model_of(named: Option<&Path>) -> Result<Located> {
+    match named {
+        Some(model) => locate(model),
+        None => Ok(Located::folder(pyraflow::demo::folder()?)),
     }
 }
 
@@ -166,15 +181,25 @@ pub fn model_folder(model: Option<&Path>) -> Result<PathBuf> {
 pub fn checkpoint_of(state: &State, named: Option<&Path>) -> Result<Checkpoint> {
     let variant = state.model().map(|(_, variant)| variant);
     let there = || state.checkpoint().filter(|folder| folder.is_dir());
-    let folder = match named.map(PathBuf::from).or_else(there) {
-        Some(folder) => folder,
-        None if variant == Some(Variant::P128) => pyraflow::demo::folder()?,
-        None => {
+    let model = match (named, there()) {
+        (Some(model), _) => locate(model)?,
+        (None, Some(folder)) => Located::folder(folder),
+        (None, None) if variant == Some(Variant::P128) => model_of(None)?,
+        (None, None) => {
             return Err(Error::model("the checkpoint these latents were made with is not known")
-                .hint("name it: --model DIR"));
+                .hint("name it: --model NAME or DIR"));
         }
     };
-    Checkpoint::open(&folder, variant.map(Variant::name))
+    let chosen = match (variant, model.variant()) {
+        (Some(made), Some(named)) if made != named => {
+            return Err(Error::input(format!(
+                "these latents were made with the {made} model, not with the {named} one"
+            ))
+            .hint("name the model they were made with, or none"));
+        }
+        (made, named) => made.or(named),
+    };
+    Checkpoint::open(&model.dir, chosen.map(Variant::name))
 }
 
 /// Where the video of a state goes: to what was named, else beside the state's units.

@@ -220,6 +220,35 @@ impl Request {
             .hint(format!("it has positions for {most} pixels in each direction")))
     }
 
+    /// Checks that the model was trained for this size and length. Others work, but what they
+    /// make is rarely of use, and only shows after minutes.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Input`] listing the sizes and the length it was trained for.
+    pub fn check_trained(&self, variant: Variant) -> Result<()> {
+        let (width, height) = (self.width as usize, self.height as usize);
+        if variant.fits(width, height, self.units) {
+            return Ok(());
+        }
+        let wrong = if variant.sizes().contains(&(width, height)) {
+            format!("{} latent frames", self.units)
+        } else {
+            format!("{width}x{height}")
+        };
+        Err(not_made_for(variant, &wrong))
+    }
+
+    /// Checks the length only: that of a video whose size is settled.
+    ///
+    /// # Errors
+    /// As [`Request::check_trained`].
+    pub fn check_trained_length(&self, variant: Variant) -> Result<()> {
+        match self.units <= variant.max_latent_frames() {
+            true => Ok(()),
+            false => Err(not_made_for(variant, &format!("{} latent frames", self.units))),
+        }
+    }
+
     /// The prompt with its suffix.
     pub fn full_prompt(&self) -> String {
         format!("{}{}", self.prompt, self.suffix)
@@ -277,6 +306,18 @@ pub fn units_of_seconds(seconds: f64) -> Result<usize> {
     let [below, above] = [steps.floor() / PER_SECOND, steps.ceil() / PER_SECOND];
     Err(Error::input(format!("a video of {seconds} seconds cannot be generated"))
         .hint(format!("lengths are thirds of a second; the nearest are {below:.2} and {above:.2}")))
+}
+
+fn not_made_for(variant: Variant, what: &str) -> Error {
+    let sizes: Vec<String> = variant.sizes().iter().map(|(w, h)| format!("{w}x{h}")).collect();
+    let length = match variant.max_latent_frames() {
+        1 => "a single image (--units 1)".to_owned(),
+        most => format!("up to {most} latent frames ({} frames of video)", video_frames(most)),
+    };
+    Error::input(format!("the {variant} model was not made for {what}")).hint(format!(
+        "it was made for {}, {length}; --force tries all the same",
+        sizes.join(" and ")
+    ))
 }
 
 #[cfg(test)]

@@ -95,3 +95,28 @@ fn presets_and_timings_are_told() {
     assert_eq!((&error["event"], &error["exit_code"]), (&"error".into(), &3.into()));
     assert!(error["hint"].as_str().is_some_and(|h| h.contains("64")), "{error}");
 }
+
+#[test]
+fn a_default_for_all_commands_reaches_only_those_that_mean_the_same() {
+    let bench = Bench::new();
+    bench.generate(&Generate::new().set("--units", "1").set("-o", "a.png")).ok();
+    bench.write("a.toml", "json = true\nmodel = \"nowhere\"\n");
+    // What is inspected is what was typed, and its JSON is asked for.
+    let run = bench.run(["inspect", "a.png", "--config", "a.toml"]).ok();
+    assert!(serde_json::from_str::<Value>(&run.text()).is_ok());
+    let mut command = bench.command(["inspect", "a.png"]);
+    command.envs([("PYRAFLOW_JSON", "1"), ("PYRAFLOW_MODEL", "nowhere")]);
+    let run = bench.start(command).finish().ok();
+    assert!(serde_json::from_str::<Value>(&run.text()).is_ok());
+    // `bench --json` names a file: the model is refused before any is written.
+    let typed = ["bench", "--config", "a.toml", "--image", "a.png"];
+    bench.run(typed).fails(2, &["bench measures text to video"]);
+    let mut command = bench.command(["bench", "--model", "sd3-384p", "--image", "a.png"]);
+    command.env("PYRAFLOW_JSON", "no");
+    bench.start(command).finish().fails(2, &["bench measures text to video"]);
+    bench.write("a.toml", "[bench]\njson = 1.5\n[plan]\njson = 1.5\n");
+    bench
+        .run(typed[..3].iter().chain(&["--model", "sd3-384p", "--image", "a.png"]).copied())
+        .fails(2, &["bench measures text to video"]);
+    bench.run(["plan", "--config", "a.toml", "--model", "sd3-384p"]).fails(2, &["1.5", "--json"]);
+}

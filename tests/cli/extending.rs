@@ -53,6 +53,12 @@ fn a_clip_of_the_built_in_model_becomes_the_longer_one() {
     assert!(bench.read("longer.mp4") == bench.read("long.mp4"));
     on(&bench, "decode", "out.mp4", &["--frames", "33", "-o", "decoded.mp4"]).ok();
     assert!(bench.read("decoded.mp4") == bench.read("long.mp4"));
+    // What the model was not made for is refused here, too.
+    let long = ["--units", "10", "-o", "x.mp4"];
+    on(&bench, "extend", "out.mp4", &long).fails(3, &["not made for 10 latent", "--force"]);
+    let other = ["-o", "x.mp4", "--model", "sd3-384p"];
+    on(&bench, "extend", "out.mp4", &other).fails(4, &["sd3-384p", "pull"]);
+    on(&bench, "extend", "out.mp4", &[&long[..], &["--force"]].concat()).ok();
 }
 
 #[test]

@@ -116,6 +116,8 @@ impl Bench {
             }
         }
         command.env("XDG_CONFIG_HOME", self.path("config"));
+        // No model of the user's is found.
+        command.env("HF_HOME", self.path("store"));
         command.env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -171,6 +173,7 @@ impl Generate {
         ask.set("--model", golden("sd3"))
             .set("--store", "store")
             .set("--size", "64x64")
+            .flag("--force")
             .set("--units", "2")
             .set("--steps", "1")
             .set("--video-steps", "1")

@@ -178,3 +178,22 @@ fn what_cannot_be_done_with_many_is_refused() {
     bench.write("file", "");
     bench.refuses(&many("p.txt").set("-o", "file"), 7, &["cannot create file"]);
 }
+
+#[test]
+fn a_line_of_a_size_the_model_was_not_made_for_is_bad_unless_forced() {
+    let bench = Bench::new();
+    let lines = "{\"prompt\": \"a star\", \"units\": 1}\n\
+                 {\"prompt\": \"a star\", \"units\": 1, \"size\": \"64x64\"}\n\
+                 {\"prompt\": \"a star\", \"units\": 10}\n";
+    bench.write("p.jsonl", lines);
+    let ask = many("p.jsonl").without("--model").without("--size").without("--force");
+    let parts = ["line 2: the 128p model was not made for 64x64", "2 bad lines"];
+    bench.refuses(&ask, 3, &parts);
+    let run = bench.generate(&ask.clone().flag("--keep-going").flag("--json"));
+    let told = run.text().contains("line 3: the 128p model was not made for 10 latent frames");
+    run.check(told, "the length");
+    let lines = summary(&run.fails(3, &["line 2"]));
+    assert_eq!((&lines["done"], &lines["bad"]), (&1.into(), &2.into()));
+    let run = bench.generate(&ask.flag("--force").flag("--json")).ok();
+    assert_eq!((&summary(&run)["done"], &summary(&run)["there"]), (&2.into(), &1.into()));
+}
