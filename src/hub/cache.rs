@@ -108,13 +108,18 @@ impl RepoCache {
         })
     }
 
-    /// Removes a file of a snapshot, and its blob if no other file is that blob. Returns how
-    /// many bytes that frees.
-    pub fn unlink(&self, commit: &str, path: &str) -> Result<u64> {
+    /// Removes a file of a snapshot, and its blob if no other file is that blob. Where the link
+    /// is gone the blob is taken to be the one `recorded`: a run that was killed in between has
+    /// left that. Returns how many bytes that frees.
+    pub fn unlink(&self, commit: &str, path: &str, recorded: Option<&str>) -> Result<u64> {
         let link = self.snapshot(commit).join(path);
         let target = fs::read_link(&link).ok();
         let name = target.and_then(|t| Some(t.file_name()?.to_str()?.to_owned()));
         let own = fs::symlink_metadata(&link).map_or(0, |m| if m.is_file() { m.len() } else { 0 });
+        let name = match fs::symlink_metadata(&link) {
+            Ok(_) => name,
+            Err(_) => recorded.map(String::from),
+        };
         remove_if_there(&link)?;
         match name {
             Some(name) if !self.used_blobs().contains(&name) => {
@@ -189,11 +194,20 @@ mod tests {
         let link = folder.path().join(format!("models--a--b/snapshots/{first}/d/one"));
         assert_eq!(fs::read_link(link).unwrap(), Path::new("../../../blobs/x"));
 
-        assert_eq!(cache.unlink(&first, "d/one").unwrap(), 0);
-        assert_eq!(cache.unlink(&first, "two").unwrap(), 0);
-        assert_eq!(cache.unlink(&second, "d/one").unwrap(), 5);
+        assert_eq!(cache.unlink(&first, "d/one", None).unwrap(), 0);
+        assert_eq!(cache.unlink(&first, "two", None).unwrap(), 0);
+        assert_eq!(cache.unlink(&second, "d/one", None).unwrap(), 5);
         assert!(!cache.blob("x").exists());
-        assert_eq!(cache.unlink(&second, "d/one").unwrap(), 0, "twice is no error");
+        assert_eq!(cache.unlink(&second, "d/one", None).unwrap(), 0, "twice is no error");
+
+        // Killed after the link was removed and before the blob was.
+        write_whole(&cache.blob("x"), b"12345").unwrap();
+        cache.link(&first, "two", "x").unwrap();
+        assert_eq!(cache.unlink(&second, "d/one", Some("x")).unwrap(), 0, "another's blob");
+        fs::remove_file(cache.snapshot(&first).join("two")).unwrap();
+        assert_eq!(cache.unlink(&second, "d/one", None).unwrap(), 0);
+        assert_eq!(cache.unlink(&second, "d/one", Some("x")).unwrap(), 5);
+        assert!(!cache.blob("x").exists());
 
         cache.set_reference("main", &second).unwrap();
         assert_eq!(cache.reference("main"), Some(second));

@@ -52,7 +52,8 @@ impl Pull<'_> {
         let mut removed = 0;
         if !self.options.keep_original {
             for path in self.superfluous(&stored, paths) {
-                removed += self.cache.unlink(&self.manifest.revision, &path)?;
+                let blob = self.record.files.get(&path).map(|file| file.blob.as_str());
+                removed += self.cache.unlink(&self.manifest.revision, &path, blob)?;
             }
         }
         if fresh || removed > 0 {

@@ -136,7 +136,7 @@ fn remove_snapshot(cache: &RepoCache, commit: &str, belongs: &dyn Fn(&str) -> bo
 fn remove_tree(cache: &RepoCache, commit: &str, path: &str) -> Result<u64> {
     let full = cache.snapshot(commit).join(path);
     if !fs::symlink_metadata(&full).is_ok_and(|metadata| metadata.is_dir()) {
-        return cache.unlink(commit, path);
+        return cache.unlink(commit, path, None);
     }
     let mut bytes = 0;
     for name in names_in(&full) {
