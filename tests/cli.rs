@@ -23,5 +23,7 @@ mod models;
 mod outputs;
 #[path = "cli/settings.rs"]
 mod settings;
+#[path = "cli/shells.rs"]
+mod shells;
 #[path = "cli/works.rs"]
 mod works;

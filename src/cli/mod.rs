@@ -15,8 +15,11 @@ mod plan;
 mod preview;
 mod progress;
 mod pull;
+#[cfg(test)]
+mod reference;
 mod rm;
 mod session;
+mod shell;
 mod verify;
 
 use std::ffi::OsString;
@@ -69,6 +72,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Show what this program and this machine can run on, and what is in the way.
     Doctor(doctor::Args),
+    /// Print the completions of a shell.
+    Completions(shell::CompletionsArgs),
+    /// Write manual pages to a folder.
+    Man(shell::ManArgs),
 }
 
 /// Runs the command line and returns the process's exit code.
@@ -102,6 +109,8 @@ fn dispatch(command: &Command) -> Result<()> {
         Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Completions(args) => shell::completions(args),
+        Command::Man(args) => shell::man(args),
     }
 }
 
