@@ -3,12 +3,14 @@
 //! Data goes one way: `pipeline → text → sampler → (models record) graph → plan → exec →
 //! media`. Models know no backend, the executor knows no model.
 
+pub mod batch;
 pub mod cases;
 pub mod checkpoint;
 pub mod demo;
 pub mod error;
 pub mod exec;
 pub mod graph;
+pub mod hub;
 pub mod media;
 pub mod models;
 pub mod pipeline;

@@ -3,17 +3,27 @@
 
 #[path = "cli/accidents.rs"]
 mod accidents;
+#[path = "cli/defaults.rs"]
+mod defaults;
 #[path = "cli/devices.rs"]
 mod devices;
+#[path = "cli/early.rs"]
+mod early;
+#[path = "cli/extending.rs"]
+mod extending;
 #[path = "cli/harness.rs"]
 mod harness;
 #[path = "cli/images.rs"]
 mod images;
+#[path = "cli/many.rs"]
+mod many;
 #[path = "cli/models.rs"]
 mod models;
 #[path = "cli/outputs.rs"]
 mod outputs;
 #[path = "cli/settings.rs"]
 mod settings;
+#[path = "cli/shells.rs"]
+mod shells;
 #[path = "cli/works.rs"]
 mod works;

@@ -3,14 +3,17 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::formats::WeightFiles;
 use super::mapped::read_small;
 use crate::{Error, Result};
 
+/// What pyraflow itself keeps in a checkpoint's folder.
+pub(crate) const OWN_FOLDER: &str = ".pyraflow";
+
 /// The two published models.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// `pyramid-flow-sd3`: the MMDiT transformer, two CLIP text encoders and T5.
@@ -85,7 +88,7 @@ impl fmt::Display for Component {
 
 impl Component {
     /// The component's folder; `None` if the family has no such component.
-    pub(super) fn folder(self, family: Family, variant: Variant) -> Option<&'static str> {
+    pub(crate) fn folder(self, family: Family, variant: Variant) -> Option<&'static str> {
         Some(match (self, family) {
             (Component::Transformer, _) => variant.folder(),
             (Component::Vae, _) => "causal_video_vae",
@@ -121,18 +124,29 @@ impl Component {
         }
     }
 
-    pub(super) fn find_weights(self, folder: &Path) -> Option<WeightFiles> {
+    /// The weights in the folder called `folder` of the checkpoint in `dir`: as published,
+    /// else as converted, since the published files are not needed after that.
+    pub(super) fn find_weights(self, dir: &Path, folder: &str) -> Option<WeightFiles> {
         let bin = match self {
             Component::Transformer | Component::Vae => "diffusion_pytorch_model.bin",
             Component::ClipL | Component::ClipG | Component::T5 => "pytorch_model.bin",
         };
-        WeightFiles::find(folder, self.stem(), bin)
+        WeightFiles::find(&dir.join(folder), self.stem(), bin).or_else(|| {
+            let stored = stored_file(dir, folder);
+            stored.is_file().then_some(WeightFiles::Safetensors(stored))
+        })
     }
 }
 
-/// Which sizes a diffusion transformer was trained for. Advice rather than a limit: weights
-/// of other origin in the same folder may have other sizes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+/// Where the converted weights of a checkpoint's part lie, if they lie in its own folder.
+pub(crate) fn stored_file(dir: &Path, folder: &str) -> PathBuf {
+    dir.join(OWN_FOLDER).join(format!("{folder}.safetensors"))
+}
+
+/// Which sizes a diffusion transformer was trained for. The command line holds requests to
+/// them unless it is told not to; the library does not, since weights of other origin in the
+/// same folder may have other sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize)]
 pub enum Variant {
     /// 128×128, up to 9 latent frames (2.7 s): the model built into the program.
     #[serde(rename = "128p")]
@@ -167,7 +181,8 @@ impl Variant {
         Self::ALL.into_iter().find(|variant| variant.name() == name)
     }
 
-    fn folder(self) -> &'static str {
+    /// Its transformer's folder in a checkpoint.
+    pub(crate) fn folder(self) -> &'static str {
         match self {
             Variant::P128 => "diffusion_transformer_128p",
             Variant::P384 => "diffusion_transformer_384p",

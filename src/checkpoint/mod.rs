@@ -26,7 +26,10 @@ pub use config::{
     ClipActivation, ClipConfig, FluxConfig, MmditConfig, T5Config, TransformerConfig, VaeConfig,
 };
 pub use layout::{Component, Family, Variant};
+pub(crate) use layout::{OWN_FOLDER, stored_file};
+pub(crate) use store::open_stored;
 pub use store::{Progress, StoreOptions};
+pub(crate) use summary::missing_parts;
 pub use summary::{ComponentSummary, FileSummary, Summary};
 pub use weights::ComponentWeights;
 
@@ -181,6 +184,15 @@ impl Checkpoint {
         ComponentWeights::open(self.label(component), &self.weight_files(component)?)
     }
 
+    /// The files that a component's weights are published in, an index first; the converted
+    /// file where those are gone.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Model`] if there are none, or the index is damaged.
+    pub fn weight_paths(&self, component: Component) -> Result<Vec<PathBuf>> {
+        Ok(self.weight_files(component)?.files()?.0)
+    }
+
     /// The weights of a component in bf16 (see [`StoreOptions`] for the one exception),
     /// converting them first if that has not been done yet. `progress` is told how many of
     /// how many bytes are written.
@@ -206,11 +218,11 @@ impl Checkpoint {
     }
 
     fn weight_files(&self, component: Component) -> Result<WeightFiles> {
-        let folder = self.dir.join(self.folder(component)?);
-        component.find_weights(&folder).ok_or_else(|| {
+        let folder = self.folder(component)?;
+        component.find_weights(&self.dir, folder).ok_or_else(|| {
             Error::model(format!(
                 "there are no {component} weights in {}: no {}.safetensors and no .bin",
-                folder.display(),
+                self.dir.join(folder).display(),
                 component.stem()
             ))
             .hint("the download may have been interrupted: fetch the missing files")
@@ -270,10 +282,9 @@ impl Checkpoint {
 fn read_transformer(dir: &Path, variant: Variant) -> Result<TransformerConfig> {
     // The transformer's folder does not depend on the family.
     let folder = Component::Transformer.folder(Family::Sd3, variant).unwrap_or_default();
-    let folder = dir.join(folder);
-    let settings = Settings::read(&folder.join("config.json"))?;
+    let settings = Settings::read(&dir.join(folder).join("config.json"))?;
     let config = TransformerConfig::from_settings(&settings)?;
-    if let Some(files) = Component::Transformer.find_weights(&folder) {
+    if let Some(files) = Component::Transformer.find_weights(dir, folder) {
         let shards = files.open()?;
         let names = shards.iter().flat_map(|s| &s.tensors).map(|t| t.name.as_str());
         match Family::of_tensor_names(names) {

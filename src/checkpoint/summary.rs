@@ -99,7 +99,7 @@ impl ComponentSummary {
             blocks: BTreeMap::new(),
             problem: None,
         };
-        match component.find_weights(&dir.join(folder)) {
+        match component.find_weights(dir, folder) {
             None => summary.problem = Some("there are no weights".to_owned()),
             Some(weights) => {
                 let read = summary.add_files(&weights).and_then(|()| weights.open());
@@ -156,7 +156,7 @@ fn family_of(dir: &Path, variant: Variant) -> Option<Family> {
 }
 
 /// Files that text to video needs and that are not there, as paths below `dir`.
-pub(super) fn missing_parts(dir: &Path, family: Family, variant: Variant) -> Vec<String> {
+pub(crate) fn missing_parts(dir: &Path, family: Family, variant: Variant) -> Vec<String> {
     let mut missing = Vec::new();
     for &component in family.components() {
         if let Some(name) = component.folder(family, variant) {
@@ -164,7 +164,7 @@ pub(super) fn missing_parts(dir: &Path, family: Family, variant: Variant) -> Vec
             if !folder.join("config.json").is_file() {
                 missing.push(format!("{name}/config.json"));
             }
-            match component.find_weights(&folder).map(|weights| weights.files()) {
+            match component.find_weights(dir, name).map(|weights| weights.files()) {
                 None => missing.push(format!("{name}/{}.safetensors", component.stem())),
                 // A damaged index is not a missing file; opening it says what is wrong.
                 Some(Err(_)) => {}

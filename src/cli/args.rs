@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::ValueEnum;
+use pyraflow::batch::{LineSettings, OneOrThree};
 use pyraflow::checkpoint::Variant;
 use pyraflow::media::{Fit, probe_image};
-use pyraflow::pipeline::{FirstImage, Request, Tiling, units_of_frames, units_of_seconds};
+use pyraflow::pipeline::{FirstImage, Preset, Request, Tiling, units_of_frames, units_of_seconds};
 use pyraflow::sampler::LinearGuidance;
 use pyraflow::{Error, Result};
 
 /// What the video should be.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct VideoArgs {
     /// What to show
     pub prompt: Option<OsString>,
@@ -67,6 +68,14 @@ pub struct VideoArgs {
     )]
     pub linear_guidance: Option<Linear>,
 
+    /// Fewer steps: half of the published ones, about twice as fast
+    #[arg(long, conflicts_with = "best")]
+    pub fast: bool,
+
+    /// More steps: twice the published ones for every frame but the first
+    #[arg(long)]
+    pub best: bool,
+
     /// What to avoid [default: the published negative prompt; nothing for the built-in model]
     #[arg(long, value_name = "TEXT")]
     pub negative: Option<OsString>,
@@ -90,6 +99,30 @@ pub struct VideoArgs {
         require_equals = true
     )]
     pub tile: Option<usize>,
+
+    /// Take sizes and lengths that the model was not made for
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// The length of a video, said in one way at most.
+#[derive(Debug, Clone, Copy)]
+pub struct Length {
+    /// Seconds.
+    pub seconds: Option<f64>,
+    /// Frames.
+    pub frames: Option<u32>,
+    /// Latent frames.
+    pub units: Option<usize>,
+}
+
+impl Length {
+    /// In latent frames.
+    pub fn in_units(self) -> Result<Option<usize>> {
+        let seconds = self.seconds.map(units_of_seconds).transpose()?;
+        let frames = self.frames.map(units_of_frames).transpose()?;
+        Ok(self.units.or(frames).or(seconds))
+    }
 }
 
 /// See [`Fit`].
@@ -197,16 +230,66 @@ impl VideoArgs {
         Some(FirstImage { path, fit: self.fit.into() })
     }
 
-    /// Puts what was typed into `request`, which holds the model's own settings.
-    pub fn apply(&self, request: &mut Request) -> Result<()> {
+    /// The arguments with what a line of a file of prompts sets in place of what was typed;
+    /// relative paths in the line begin at `folder`.
+    pub fn with_line(&self, line: &LineSettings, folder: &Path) -> Result<VideoArgs> {
+        let wrong = |name: &str, reason: String| Error::input(format!("{name}: {reason}"));
+        let mut args = self.clone();
+        let set = |field: &mut Option<OsString>, value: &Option<String>| {
+            if let Some(value) = value {
+                *field = Some(value.into());
+            }
+        };
+        set(&mut args.prompt, &line.prompt);
+        set(&mut args.negative, &line.negative);
+        set(&mut args.suffix, &line.suffix);
+        args.no_suffix &= line.suffix.is_none();
+        if let Some(image) = &line.image {
+            args.image = Some(folder.join(image));
+        }
+        if let Some(fit) = &line.fit {
+            args.fit = FitArg::from_str(fit, false).map_err(|e| wrong("fit", e))?;
+        }
+        if line.seconds.is_some() || line.frames.is_some() || line.units.is_some() {
+            (args.seconds, args.frames, args.units) = (line.seconds, line.frames, line.units);
+        }
+        if let Some(size) = &line.size {
+            args.size = Some(size.parse().map_err(|e| wrong("size", e))?);
+        }
+        let steps = |steps: OneOrThree| Steps(steps.three());
+        args.steps = line.steps.map(steps).or(args.steps);
+        args.video_steps = line.video_steps.map(steps).or(args.video_steps);
+        args.guidance = line.guidance.or(args.guidance);
+        args.video_guidance = line.video_guidance.or(args.video_guidance);
+        let linear = line.linear_guidance.map(|[alpha, min]| Linear(alpha, min));
+        args.linear_guidance = linear.or(args.linear_guidance);
+        Ok(args)
+    }
+
+    /// Refuses to run without anything to show.
+    pub fn check_prompt(&self, prompt: &str) -> Result<()> {
+        if !prompt.trim().is_empty() || self.image.is_some() {
+            return Ok(());
+        }
+        Err(Error::input("there is no prompt")
+            .hint("say what to show, as in: pyraflow generate \"a fox runs through snow\""))
+    }
+
+    /// The length that was typed, in latent frames.
+    pub fn length(&self) -> Result<Option<usize>> {
+        Length { seconds: self.seconds, frames: self.frames, units: self.units }.in_units()
+    }
+
+    /// Puts what was typed into `request`, which holds the own settings of a model of this
+    /// variant.
+    pub fn apply(&self, request: &mut Request, variant: Variant) -> Result<()> {
         self.apply_size(request)?;
-        if let Some(seconds) = self.seconds {
-            request.units = units_of_seconds(seconds)?;
+        match (self.fast, self.best) {
+            (true, _) => request.apply_preset(Preset::Fast),
+            (_, true) => request.apply_preset(Preset::Best),
+            _ => {}
         }
-        if let Some(frames) = self.frames {
-            request.units = units_of_frames(frames)?;
-        }
-        request.units = self.units.unwrap_or(request.units);
+        request.units = self.length()?.unwrap_or(request.units);
         if let Some(Steps(steps)) = self.steps {
             request.steps = steps;
         }
@@ -227,7 +310,14 @@ impl VideoArgs {
             request.suffix.clear();
         }
         request.tiling = self.tile.map(Tiling::new).transpose()?;
-        Ok(())
+        // What is impossible is told before what is unwise.
+        request.resolve()?;
+        self.check_trained(request, variant)
+    }
+
+    /// Refuses sizes and lengths that the model was not made for, unless --force takes them.
+    pub fn check_trained(&self, request: &Request, variant: Variant) -> Result<()> {
+        if self.force { Ok(()) } else { request.check_trained(variant) }
     }
 
     fn apply_size(&self, request: &mut Request) -> Result<()> {
@@ -253,14 +343,4 @@ impl VideoArgs {
         }
         Ok(())
     }
-}
-
-/// Which variant of the checkpoint in `dir` to open: the one named, else the one the size
-/// belongs to if the checkpoint has it. `None` leaves the choice to [`Checkpoint::open`],
-/// which takes the only one.
-///
-/// [`Checkpoint::open`]: pyraflow::checkpoint::Checkpoint::open
-pub fn choose_variant(dir: &Path, named: Option<&str>, by_size: Option<Variant>) -> Option<String> {
-    let by_size = by_size.filter(|v| Variant::available(dir).contains(v));
-    named.map(String::from).or_else(|| by_size.map(|v| v.name().to_string()))
 }

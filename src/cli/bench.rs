@@ -11,8 +11,9 @@ use pyraflow::pipeline::{
 use pyraflow::{Error, Result};
 use serde_json::{Value, json};
 
-use super::args::{VideoArgs, choose_variant};
+use super::args::VideoArgs;
 use super::device::{ByteSize, Device, open_gpu, rate};
+use super::model::locate;
 use super::plan::networks;
 
 /// Arguments of `bench`.
@@ -34,7 +35,7 @@ pub struct Args {
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: Device,
 
-    /// Read the weights of the checkpoint folder, instead of using random ones
+    /// Read the weights of the checkpoint, instead of using random ones
     #[arg(long)]
     weights: bool,
 
@@ -63,7 +64,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let (networks, family, variant) = networks(&args.model, args.variant.as_deref(), &args.video)?;
     let mut request = Request::published(family, variant, &args.video.prompt()?, None);
-    args.video.apply(&mut request)?;
+    args.video.apply(&mut request, variant)?;
     let backend = backend(args)?;
     super::say(&format!(
         "{family}, {}x{}, {} latent frames, {} weights, on {}",
@@ -115,9 +116,11 @@ fn weights(args: &Args, networks: &Networks) -> Result<Box<WeightsOf<'static>>> 
         return Ok(Box::new(random_weights(networks)));
     }
     let by_size = args.video.variant_of_size();
-    let variant = choose_variant(&args.model, args.variant.as_deref(), by_size);
-    let checkpoint = Checkpoint::open(&args.model, variant.as_deref())?;
-    let weights = Weights::open(&checkpoint, &StoreOptions::default(), &mut Quiet)?;
+    let model = locate(&args.model)?;
+    let variant = model.choose(args.variant.as_deref(), by_size)?;
+    let checkpoint = Checkpoint::open(&model.dir, variant.as_deref())?;
+    let wanted = checkpoint.family().components();
+    let weights = Weights::open(&checkpoint, wanted, &StoreOptions::default(), &mut Quiet)?;
     Ok(Box::new(move |component| weights.get(component)))
 }
 

@@ -1,42 +1,47 @@
 //! `pyraflow generate`.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use pyraflow::checkpoint::{Checkpoint, StoreOptions};
-use pyraflow::media::OutputTarget;
-use pyraflow::pipeline::{Output, Pipeline, Request};
+use pyraflow::checkpoint::Checkpoint;
+use pyraflow::media::Format;
+use pyraflow::pipeline::{Output, Pipeline, Request, read_latents};
 use pyraflow::{Error, Result};
 
-use super::args::{VideoArgs, choose_variant};
-use super::device::{ByteSize, Device, open_backend};
-use super::progress::{Console, Mode};
+use super::args::VideoArgs;
+use super::batch::{self, BatchArgs};
+use super::session::{LookArgs, RunArgs, model_of};
 
 /// Arguments of `generate`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    video: VideoArgs,
+    pub(super) video: VideoArgs,
 
-    /// Folder of a checkpoint in the published layout [default: the small built-in model]
-    #[arg(long, value_name = "DIR", env = "PYRAFLOW_MODEL")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) batch: BatchArgs,
+
+    /// A model that was pulled, such as miniflux-768p or OWNER/NAME, or the folder of a
+    /// checkpoint in the published layout [default: the small built-in model]
+    #[arg(long, value_name = "NAME|DIR", env = "PYRAFLOW_MODEL")]
+    pub(super) model: Option<PathBuf>,
 
     /// Which transformer of the checkpoint: 384p, 768p or image [default: by size]
     #[arg(long, value_name = "NAME")]
-    variant: Option<String>,
+    pub(super) variant: Option<String>,
 
-    /// Where the video goes: .mp4, .png, .gif, .y4m, or - for y4m on standard output
-    #[arg(short, long, value_name = "FILE", default_value = "video.mp4")]
-    output: PathBuf,
+    /// Where the video goes: .mp4, .png, .gif, .y4m, or - for y4m on standard output; a folder
+    /// with --prompts [default: video.mp4, or the folder videos]
+    #[arg(short, long, value_name = "FILE")]
+    pub(super) output: Option<PathBuf>,
 
     /// Replace an existing output
     #[arg(short = 'y', long)]
-    overwrite: bool,
+    pub(super) overwrite: bool,
 
     /// Seed of the noise [default: a random one, which is printed]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
-    seed: Option<u64>,
+    pub(super) seed: Option<u64>,
 
     /// Go on with an interrupted run of the same settings
     #[arg(long)]
@@ -44,102 +49,113 @@ pub struct Args {
 
     /// Keep the latents of all units in <FILE>.units when the video is complete
     #[arg(long)]
-    keep_units: bool,
+    pub(super) keep_units: bool,
 
-    /// Where to run: auto, cpu, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    device: Device,
+    /// Begin with these latents, as --save-latents writes them, and go on with the prompt
+    #[arg(long, value_name = "FILE", conflicts_with = "image")]
+    latents: Option<PathBuf>,
 
-    /// Most memory of the GPU to use, such as 8G; weights and decoded frames come and go where
-    /// they do not fit [default: what is free]
-    #[arg(long, value_name = "SIZE", env = "PYRAFLOW_MAX_VRAM")]
-    max_vram: Option<ByteSize>,
+    /// Write all latents to a safetensors file
+    #[arg(long, value_name = "FILE")]
+    save_latents: Option<PathBuf>,
 
-    /// CPU threads [default: all]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
-
-    /// Folder for weights converted to bf16 [default: .pyraflow in the checkpoint, else the
-    /// user's cache]
-    #[arg(long, value_name = "DIR")]
-    store: Option<PathBuf>,
-
-    /// Print events as JSON lines on standard output instead of progress
+    /// Write settings, device and seconds of each phase to <FILE>.json
     #[arg(long)]
-    json: bool,
+    sidecar: bool,
 
-    /// Print nothing but errors and warnings
-    #[arg(short, long, conflicts_with = "json")]
-    quiet: bool,
+    #[command(flatten)]
+    pub(super) look: LookArgs,
+
+    #[command(flatten)]
+    pub(super) run: RunArgs,
 }
 
-/// Most threads that can be asked for: more than any machine has cores, few enough to start
-/// at once.
-const MAX_THREADS: usize = 1024;
-
-/// Generates a video.
-pub fn run(args: Args) -> Result<()> {
-    let mut output = Output::to(&args.output)?;
-    if args.json && output.target == OutputTarget::Stdout {
-        return Err(Error::usage("--json and the video cannot both go to standard output"));
+/// Generates a video, or those of a file of prompts.
+pub fn run(args: &Args) -> Result<()> {
+    if let Some(prompts) = &args.batch.prompts {
+        for (name, given) in [
+            ("--resume", args.resume),
+            ("--latents", args.latents.is_some()),
+            ("--save-latents", args.save_latents.is_some()),
+            ("--sidecar", args.sidecar),
+        ] {
+            if given {
+                return Err(Error::usage(format!("{name} is for a single video"))
+                    .hint("--prompts resumes by itself, and writes settings to its results"));
+            }
+        }
+        return batch::run(args, prompts);
     }
+    args.batch.check_single()?;
+    let path = args.output.clone().unwrap_or_else(|| "video.mp4".into());
+    let mut output = Output::to(&path)?;
+    args.run.prepare(Some(&output.target))?;
     if (args.resume || args.keep_units) && output.units.is_none() {
         return Err(Error::usage("no units are kept of a video on standard output")
             .hint("name a file with --output to use --resume or --keep-units"));
     }
+    if args.sidecar && output.units.is_none() {
+        return Err(Error::usage("a video on standard output has nothing beside it")
+            .hint("name a file with --output to use --sidecar"));
+    }
     (output.overwrite, output.resume) = (args.overwrite, args.resume);
     output.keep_units = args.keep_units;
-    if let Some(threads) = args.threads {
-        set_threads(threads)?;
-    }
+    output.latents.clone_from(&args.save_latents);
+    output.sidecar = args.sidecar.then(|| sidecar_of(&path));
     let prompt = args.video.prompt()?;
-    if prompt.trim().is_empty() && args.video.image.is_none() {
-        return Err(Error::input("there is no prompt")
-            .hint("say what to show, as in: pyraflow generate \"a fox runs through snow\""));
-    }
-    let model = match &args.model {
-        Some(model) => model.clone(),
-        None => pyraflow::demo::folder()?,
-    };
-    let by_size = args.video.variant_of_size();
-    let variant = choose_variant(&model, args.variant.as_deref(), by_size);
-    let checkpoint = Checkpoint::open(&model, variant.as_deref())?;
-    let mut request = Request::new(&checkpoint, &prompt, args.video.first_image());
-    args.video.apply(&mut request)?;
-    request.seed = args.seed.unwrap_or_else(random_seed);
+    args.video.check_prompt(&prompt)?;
+    args.look.place()?;
+    let model = model_of(args.model.as_deref())?;
+    let variant = model.choose(args.variant.as_deref(), args.video.variant_of_size())?;
+    let checkpoint = Checkpoint::open(&model.dir, variant.as_deref())?;
+    let request = request(args, &checkpoint, &prompt)?;
     // Before the weights are touched: converting them can take minutes.
     let (_, spec) = request.resolve()?;
     request.check_positions(checkpoint.transformer())?;
-    pyraflow::media::check_target(&output.target, &spec, output.overwrite)?;
-    let backend = open_backend(args.device, args.max_vram)?;
+    output.check(&spec)?;
+    args.look.check(&output)?;
+    let backend = args.run.backend()?;
 
-    let mode = match (args.json, args.quiet) {
-        (true, _) => Mode::Json,
-        (_, true) => Mode::Quiet,
-        _ => Mode::People,
-    };
-    let mut console = Console::new(mode)?;
-    if args.model.is_none() && mode == Mode::People {
-        super::say(
+    let mut console = args.run.console()?;
+    if args.model.is_none() {
+        console.tell(
             "using the small built-in model (coloured shapes, 128x128); --model names another",
         );
     }
-    console.start(&request, &args.output, &backend.description())?;
-    let store = args.store.map_or_else(StoreOptions::default, StoreOptions::below);
-    let pipeline = Pipeline::open(checkpoint, backend, &store, &mut console)?;
+    console.start(&request, &path, &backend.description())?;
+    let pipeline = Pipeline::open(checkpoint, backend, &args.run.store(), &mut console)?;
+    args.look.prepare(None, &pipeline, &mut output, &mut console)?;
     let timings = pipeline.generate(&request, &output, &mut console)?;
-    console.done(&args.output, &spec, &timings)
+    console.done(&path, &spec, &timings)
 }
 
-fn set_threads(threads: usize) -> Result<()> {
-    if !(1..=MAX_THREADS).contains(&threads) {
-        return Err(Error::usage(format!("cannot use {threads} threads"))
-            .hint(format!("ask for 1 to {MAX_THREADS}")));
+fn request(args: &Args, checkpoint: &Checkpoint, prompt: &str) -> Result<Request> {
+    let mut request = Request::new(checkpoint, prompt, args.video.first_image());
+    args.video.apply(&mut request, checkpoint.variant())?;
+    request.seed = args.seed.unwrap_or_else(random_seed);
+    if let Some(path) = &args.latents {
+        // A video goes on in its own size.
+        let file = read_latents(path)?;
+        if let (Some(latent), None) = (file.units.first(), args.video.size) {
+            (request.width, request.height) =
+                (latent.shape().width as u32 * 8, latent.shape().height as u32 * 8);
+            args.video.check_trained(&request, checkpoint.variant())?;
+        }
+        request.latents = Some(path.clone());
     }
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global()
-        .map_err(|e| Error::usage(format!("cannot use {threads} threads")).because(e))
+    Ok(request)
+}
+
+/// `out.mp4.json`.
+fn sidecar_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_os_string();
+    name.push(".json");
+    name.into()
+}
+
+/// Formats by name, for `--format`.
+pub(super) fn format(name: &str) -> Result<Format, String> {
+    Format::from_name(name).ok_or_else(|| "expected mp4, png, gif or y4m".into())
 }
 
 /// A seed that differs from run to run: the standard library's hash keys are random.

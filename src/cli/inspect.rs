@@ -7,11 +7,18 @@ use pyraflow::media::{MediaInfo, inspect};
 use pyraflow::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 
+use super::model::{is_name, locate};
+
 /// Arguments of `inspect`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A checkpoint folder, or a video or image made by pyraflow
-    path: PathBuf,
+    /// A model that was pulled, a checkpoint folder, or a video or image made by pyraflow
+    #[arg(required_unless_present = "model", conflicts_with = "model", value_name = "NAME|PATH")]
+    path: Option<PathBuf>,
+
+    /// A model that was pulled, or a checkpoint folder
+    #[arg(long, value_name = "NAME|DIR")]
+    model: Option<PathBuf>,
 
     /// Print JSON
     #[arg(long)]
@@ -20,18 +27,23 @@ pub struct Args {
 
 /// Shows what `path` is.
 pub fn run(args: &Args) -> Result<()> {
-    let metadata = std::fs::metadata(&args.path)
-        .map_err(|e| Error::io("cannot open", &args.path, e).of_kind(ErrorKind::Input))?;
+    let path = match (&args.model, &args.path) {
+        (Some(model), _) => locate(model)?.dir,
+        (None, Some(path)) if !path.exists() && is_name(path) => locate(path)?.dir,
+        (None, path) => path.clone().unwrap_or_default(),
+    };
+    let metadata = std::fs::metadata(&path)
+        .map_err(|e| Error::io("cannot open", &path, e).of_kind(ErrorKind::Input))?;
     if metadata.is_dir() {
-        let summary = Summary::read(&args.path);
+        let summary = Summary::read(&path);
         if summary.family.is_none() && summary.components.is_empty() {
-            return Err(Error::model(format!("{} holds no checkpoint", args.path.display()))
+            return Err(Error::model(format!("{} holds no checkpoint", path.display()))
                 .hint("name the folder that holds diffusion_transformer_768p or the like"));
         }
         let text = if args.json { format!("{:#}\n", json!(summary)) } else { checkpoint(&summary) };
         return super::print(&text);
     }
-    let info = inspect(&args.path)?;
+    let info = inspect(&path)?;
     let settings = info.comment.as_deref().map(|comment| {
         serde_json::from_str(comment).unwrap_or_else(|_| Value::String(comment.to_string()))
     });

@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 
 use pyraflow::checkpoint::{Checkpoint, Family, Variant};
 use pyraflow::exec::{CONTEXT_BYTES, Cpu, ImaginedGpu};
+use pyraflow::hub::PublishedModel;
 use pyraflow::pipeline::{Machine, Networks, PhasePlan, Request, plan};
 use pyraflow::{Error, Result};
 use serde_json::json;
 
-use super::args::{VideoArgs, choose_variant};
+use super::args::VideoArgs;
 use super::device::{ByteSize, rate};
+use super::model::{locate, wrong_variant};
 
 /// Arguments of `plan`.
 #[derive(Debug, clap::Args)]
@@ -17,9 +19,10 @@ pub struct Args {
     #[command(flatten)]
     video: VideoArgs,
 
-    /// A checkpoint folder, or the name of a published model: sd3-384p, sd3-768p,
-    /// miniflux-384p, miniflux-768p or miniflux-image
-    #[arg(long, value_name = "DIR|NAME")]
+    /// The name of a published model, which need not be there: sd3-384p, sd3-768p,
+    /// miniflux-384p, miniflux-768p or miniflux-image; or another model that was pulled, or
+    /// a checkpoint folder
+    #[arg(long, value_name = "NAME|DIR")]
     model: PathBuf,
 
     /// Which transformer of the checkpoint: 384p, 768p or image [default: by size]
@@ -52,7 +55,7 @@ pub fn run(args: &Args) -> Result<()> {
     let (networks, family, variant) = networks(&args.model, args.variant.as_deref(), &args.video)?;
     let image = args.video.first_image();
     let mut request = Request::published(family, variant, &args.video.prompt()?, image);
-    args.video.apply(&mut request)?;
+    args.video.apply(&mut request, variant)?;
     if let Some(ByteSize(limit)) = args.max_vram {
         return for_gpu(args, &networks, &request, limit);
     }
@@ -105,35 +108,17 @@ pub(super) fn networks(
     variant: Option<&str>,
     video: &VideoArgs,
 ) -> Result<(Networks, Family, Variant)> {
-    if let Some((family, variant)) = model.to_str().and_then(published) {
-        return Ok((Networks::published(family), family, variant));
+    if let Some(model) = model.to_str().and_then(PublishedModel::from_name) {
+        let PublishedModel { family, variant: own } = model;
+        if let Some(other) = variant.filter(|other| *other != own.name()) {
+            return Err(wrong_variant(&model, other));
+        }
+        return Ok((Networks::published(family), family, own));
     }
-    if !model.exists() {
-        let error = format!("there is no checkpoint {}", model.display());
-        return Err(Error::model(error).hint(
-            "name a folder, or one of sd3-384p, sd3-768p, miniflux-384p, miniflux-768p and \
-             miniflux-image",
-        ));
-    }
-    let variant = choose_variant(model, variant, video.variant_of_size());
-    let checkpoint = Checkpoint::open(model, variant.as_deref())?;
+    let model = locate(model)?;
+    let variant = model.choose(variant, video.variant_of_size())?;
+    let checkpoint = Checkpoint::open(&model.dir, variant.as_deref())?;
     Ok((Networks::of(&checkpoint)?, checkpoint.family(), checkpoint.variant()))
-}
-
-fn published(name: &str) -> Option<(Family, Variant)> {
-    let (family, variant) = name.split_once('-')?;
-    let family = match family {
-        "sd3" => Family::Sd3,
-        "miniflux" => Family::Miniflux,
-        _ => return None,
-    };
-    let variant = Variant::from_name(variant)?;
-    let exists = match variant {
-        Variant::P128 => false,
-        Variant::Image => family == Family::Miniflux,
-        Variant::P384 | Variant::P768 => true,
-    };
-    exists.then_some((family, variant))
 }
 
 fn gpu_table(request: &Request, phases: &[PhasePlan], machine: &Machine, smallest: u64) -> String {

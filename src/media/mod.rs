@@ -13,6 +13,7 @@ mod h264;
 mod image;
 mod inspect;
 mod inspect_mp4;
+mod live;
 mod mp4;
 mod output;
 mod pending;
@@ -23,4 +24,8 @@ mod yuv;
 pub use frame::Frame;
 pub use image::{Fit, load_image, probe_image};
 pub use inspect::{MediaInfo, inspect};
-pub use output::{Format, FrameSink, Metadata, OutputTarget, VideoSpec, check_target, open_sink};
+pub use output::{
+    Format, FrameSink, Metadata, OutputTarget, VideoSpec, check_file_target, check_target,
+    open_sink,
+};
+pub use png::write_png;

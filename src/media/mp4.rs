@@ -13,6 +13,7 @@ use mp4_atom::{
 };
 
 use super::h264::{AvcEncoder, ParameterSets};
+use super::live::LiveFile;
 use super::pending::{PendingFile, directory_of, write_error};
 use super::yuv::Yuv420;
 use super::{Frame, FrameSink, Metadata, VideoSpec};
@@ -40,6 +41,7 @@ pub(super) struct Mp4Sink {
     sizes: Vec<u32>,
     /// Numbers of the key frames, from 1.
     keys: Vec<u32>,
+    live: Option<LiveFile>,
 }
 
 impl Mp4Sink {
@@ -62,7 +64,17 @@ impl Mp4Sink {
             samples: BufWriter::with_capacity(1 << 20, samples),
             sizes: Vec::new(),
             keys: Vec::new(),
+            live: None,
         })
+    }
+
+    fn track(&self) -> Track<'_> {
+        Track {
+            spec: &self.spec,
+            parameters: self.encoder.parameters(),
+            sizes: &self.sizes,
+            keys: &self.keys,
+        }
     }
 }
 
@@ -75,24 +87,39 @@ impl FrameSink for Mp4Sink {
         if sample.key {
             self.keys.push(self.sizes.len() as u32);
         }
+        match &mut self.live {
+            Some(live) => live.push(&sample.data, sample.key),
+            None => Ok(()),
+        }
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        let Some(mut live) = self.live.take() else { return Ok(()) };
+        live.settle(|| {
+            let layout = Layout { data: 0, wide: false };
+            Ok((file_type(), moov_box(&self.track(), self.comment.as_deref(), layout)?))
+        })?;
+        self.live = Some(live);
+        Ok(())
+    }
+
+    fn show_early(&mut self) -> Result<()> {
+        let ticks = self.track().frame_ticks()?;
+        self.live = Some(LiveFile::create(&self.path, ticks)?);
         Ok(())
     }
 
     fn finish(self: Box<Self>) -> Result<()> {
         let failed = |e| write_error(&self.path, e);
-        let track = Track {
-            spec: &self.spec,
-            parameters: self.encoder.parameters(),
-            sizes: &self.sizes,
-            keys: &self.keys,
-        };
+        let track = self.track();
+        let data_size = track.data_size();
         let head = head(&track, self.comment.as_deref())?;
         let mut samples = self.samples.into_inner().map_err(|e| failed(e.into_error()))?;
         samples.rewind().map_err(failed)?;
         let mut file = PendingFile::create(&self.path)?;
         file.write_all(&head).map_err(failed)?;
         let copied = io::copy(&mut samples, &mut file).map_err(failed)?;
-        if copied != track.data_size() {
+        if copied != data_size {
             return Err(failed(io::ErrorKind::UnexpectedEof.into()));
         }
         file.commit(self.overwrite)
@@ -154,15 +181,18 @@ impl Track<'_> {
     }
 }
 
-/// Everything before the samples: `ftyp`, `moov` and the header of `mdat`.
-fn head(track: &Track, comment: Option<&str>) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let ftyp = Ftyp {
+fn file_type() -> Ftyp {
+    Ftyp {
         major_brand: b"isom".into(),
         minor_version: 512,
         compatible_brands: [b"isom", b"iso2", b"avc1", b"mp41"].map(Into::into).to_vec(),
-    };
-    ftyp.encode(&mut bytes).map_err(invalid)?;
+    }
+}
+
+/// Everything before the samples: `ftyp`, `moov` and the header of `mdat`.
+fn head(track: &Track, comment: Option<&str>) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file_type().encode(&mut bytes).map_err(invalid)?;
     let mdat = mdat_header(track.data_size());
     // The positions in the index depend on its size, which depends on how wide they are.
     let data_with = |wide| -> Result<u64> {

@@ -99,6 +99,23 @@ pub trait FrameSink: Send {
     /// Adds a frame.
     fn push(&mut self, frame: &Frame) -> Result<()>;
 
+    /// Makes what was pushed so far visible to a viewer, where [`FrameSink::show_early`] was
+    /// asked for; called after each unit.
+    fn settle(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Shows frames before the output is complete: an MP4 grows beside the output in
+    /// `<name>.live.mp4`, which is removed in the end; frames on standard output are written
+    /// in any case. To be called before the first frame.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for formats that cannot be watched while they are written.
+    fn show_early(&mut self) -> Result<()> {
+        Err(Error::usage("this format cannot be watched while it is written")
+            .hint("name an .mp4 file, or use - for y4m on a pipe"))
+    }
+
     /// Completes the output. A sink that is dropped before leaves no file.
     fn finish(self: Box<Self>) -> Result<()>;
 }
@@ -214,6 +231,15 @@ pub(super) fn check_file(path: &Path, overwrite: bool) -> Result<()> {
     }
 }
 
+/// Decides, before any computation, whether a file other than a video can be written.
+///
+/// # Errors
+/// As [`check_target`].
+pub fn check_file_target(path: &Path, overwrite: bool) -> Result<()> {
+    check_file(path, overwrite)?;
+    check_directory(path)
+}
+
 /// Whether files can be made where `path` will be, by making one.
 fn check_directory(path: &Path) -> Result<()> {
     let directory = directory_of(path);
@@ -250,6 +276,14 @@ impl FrameSink for Checked {
         }
         self.pushed += 1;
         self.sink.push(frame)
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        self.sink.settle()
+    }
+
+    fn show_early(&mut self) -> Result<()> {
+        self.sink.show_early()
     }
 
     fn finish(self: Box<Self>) -> Result<()> {

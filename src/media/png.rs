@@ -2,12 +2,15 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use png::{BitDepth, ColorType, Encoder, EncodingError, SrgbRenderingIntent};
 
 use super::output::check_file;
-use super::pending::{ClosedFile, PendingFile, already_there, directory_of, write_error};
+use super::pending::{
+    ClosedFile, PendingFile, already_there, directory_of, temporary_in, write_error,
+};
 use super::{Frame, FrameSink, Metadata, VideoSpec};
 use crate::{Error, ErrorKind, Result};
 
@@ -63,11 +66,22 @@ impl FrameSink for PngSink {
     }
 }
 
-fn encode(
-    file: &mut PendingFile,
-    frame: &Frame,
-    comment: Option<&str>,
-) -> Result<(), EncodingError> {
+/// Writes a picture that may be replaced at any time, such as a preview: whole to whoever opens
+/// it, but not forced to the disk.
+///
+/// # Errors
+/// [`ErrorKind::Io`] when it cannot be written.
+pub fn write_png(path: &Path, frame: &Frame) -> Result<()> {
+    let failed = |e| write_error(path, e);
+    let mut bytes = Vec::new();
+    encode(&mut bytes, frame, None)
+        .map_err(|e| Error::new(ErrorKind::Io, "cannot encode a picture").because(e))?;
+    let mut file = temporary_in(directory_of(path)).map_err(failed)?;
+    file.write_all(&bytes).map_err(failed)?;
+    file.persist(path).map(drop).map_err(|e| failed(e.error))
+}
+
+fn encode(file: impl Write, frame: &Frame, comment: Option<&str>) -> Result<(), EncodingError> {
     let mut encoder = Encoder::new(file, frame.width(), frame.height());
     encoder.set_color(ColorType::Rgb);
     encoder.set_depth(BitDepth::Eight);

@@ -31,6 +31,14 @@ impl<W: Write + Send> FrameSink for StreamSink<W> {
         write_frame(&mut self.out, &mut self.planes, frame).map_err(stream_error)
     }
 
+    fn settle(&mut self) -> Result<()> {
+        self.out.flush().map_err(stream_error)
+    }
+
+    fn show_early(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     fn finish(mut self: Box<Self>) -> Result<()> {
         self.out.flush().map_err(stream_error)
     }

@@ -4,13 +4,22 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde::Serialize;
-use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::latents::{read_latents, write_latents};
+use super::saved::write_whole;
+use super::settings::Given;
+use super::state::{asked, units_folder};
+use super::stream::Stream;
 use super::{
-    Event, Phase, Pipeline, Reporter, Request, SavedRun, pixels_of, plan, stop_if_cancelled,
+    Event, Phase, Pipeline, PromptTokens, Reporter, Request, SavedRun, pixels_of, plan,
+    stop_if_cancelled,
 };
-use crate::media::{Frame, Metadata, OutputTarget, check_target, load_image, open_sink};
+use crate::exec::ImaginedGpu;
+use crate::media::{
+    Frame, Metadata, OutputTarget, VideoSpec, check_file_target, check_target, load_image,
+    open_sink,
+};
 use crate::sampler::{Latent, PhiloxNoise};
 use crate::text::PUBLISHED_NEGATIVE;
 use crate::{Error, ErrorKind, Result};
@@ -28,6 +37,16 @@ pub struct Output {
     pub units: Option<PathBuf>,
     /// Whether the units stay when the video is complete.
     pub keep_units: bool,
+    /// A file for all latents of the run, in the format of [`super::write_latents`].
+    pub latents: Option<PathBuf>,
+    /// A file for the settings, the device and the seconds of each phase, as JSON.
+    pub sidecar: Option<PathBuf>,
+    /// Whether each unit is decoded as soon as it is sampled, rather than all of them at the
+    /// end: the same frames, with the weights of decoder and transformer in memory at once.
+    pub early: bool,
+    /// Whether what is decoded early can be watched early, see
+    /// [`crate::media::FrameSink::show_early`]; needs `early`.
+    pub follow: bool,
 }
 
 impl Output {
@@ -40,13 +59,29 @@ impl Output {
         let target = OutputTarget::parse(path)?;
         let units = match &target {
             OutputTarget::Stdout => None,
-            OutputTarget::File { path, .. } => {
-                let mut name = path.clone().into_os_string();
-                name.push(".units");
-                Some(name.into())
-            }
+            OutputTarget::File { path, .. } => Some(units_folder(path)),
         };
-        Ok(Output { target, overwrite: false, resume: false, units, keep_units: false })
+        Ok(Output {
+            target,
+            overwrite: false,
+            resume: false,
+            units,
+            keep_units: false,
+            latents: None,
+            sidecar: None,
+            early: false,
+            follow: false,
+        })
+    }
+
+    /// Whether everything can be written where it should go.
+    ///
+    /// # Errors
+    /// As [`check_target`].
+    pub fn check(&self, spec: &VideoSpec) -> Result<()> {
+        check_target(&self.target, spec, self.overwrite)?;
+        let others = self.latents.iter().chain(&self.sidecar);
+        others.into_iter().try_for_each(|path| check_file_target(path, self.overwrite))
     }
 }
 
@@ -79,36 +114,50 @@ impl Pipeline {
         reporter: &mut dyn Reporter,
     ) -> Result<Timings> {
         let (_, spec) = request.resolve()?;
-        check_target(&output.target, &spec, output.overwrite)?;
+        output.check(&spec)?;
         self.warn_of_untrained_size(request, reporter);
-        self.check_memory(request)?;
-        let image = request
-            .image
-            .as_ref()
-            .map(|image| load_image(&image.path, request.width, request.height, image.fit))
-            .transpose()?;
+        self.check_memory(request, output)?;
+        let mut start = Start::read(request)?;
         let tokens = self.tokenize(request)?;
-        // The published negative prompt is nobody's own words: what is lost of it is no news.
-        let spoken = if request.negative == PUBLISHED_NEGATIVE { 1 } else { 2 };
-        let names = ["prompt", "negative prompt"].into_iter().take(spoken);
-        for (name, tokens) in names.zip(tokens.iter().rev()) {
-            for loss in tokens.losses() {
-                let message = format!("the {name} is too long: {loss}");
-                reporter.event(&Event::Warning { message });
+        warn_of_losses(request, &tokens, reporter);
+        let given = start.given.clone();
+        start.saved = output.units.as_ref().map(|f| self.saved_run(f, request, &given));
+        let resumed = prepare_units(start.saved.as_ref(), output, request)?;
+        if resumed.len() > start.finished.len() {
+            start.finished = resumed;
+        } else if let Some(saved) = &start.saved {
+            for (unit, latent) in start.finished.iter().enumerate().skip(resumed.len()) {
+                saved.save(unit, latent)?;
             }
         }
-        let saved = output
-            .units
-            .as_ref()
-            .map(|folder| SavedRun::new(folder, self.identity(request, image.as_ref())));
-        let mut finished = prepare_units(saved.as_ref(), output, request)?;
+        self.produce(request, output, &tokens, start, reporter)
+    }
 
+    /// The place for the units of `request`.
+    pub(super) fn saved_run(&self, folder: &Path, request: &Request, given: &Given) -> SavedRun {
+        SavedRun::new(folder, self.identity(request, given))
+            .asking(asked(request, self.checkpoint().dir()))
+    }
+
+    /// From prompts and what is finished to the video.
+    pub(super) fn produce(
+        &self,
+        request: &Request,
+        output: &Output,
+        tokens: &[PromptTokens],
+        start: Start,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Timings> {
+        let Start { image, mut finished, saved, given } = start;
         let mut timings = Timings { loading: self.loading_seconds, ..Timings::default() };
-        let clock = Instant::now();
-        let prompts = self.encode_prompts(&tokens, reporter)?;
-        timings.text = finish(Phase::Text, clock, reporter);
-
         let mut noise = PhiloxNoise { seed: request.seed };
+        let mut prompts = Vec::new();
+        // With all units there, nothing is left to say to the transformer.
+        if finished.len() < request.units {
+            let clock = Instant::now();
+            prompts = self.encode_prompts(tokens, reporter)?;
+            timings.text = finish(Phase::Text, clock, reporter);
+        }
         if let (Some(image), true) = (&image, finished.is_empty()) {
             let clock = Instant::now();
             let latent = self.encode_image(&pixels_of(image), request.tiling, &mut noise)?;
@@ -118,24 +167,70 @@ impl Pipeline {
             finished.push(latent);
             timings.image = finish(Phase::Image, clock, reporter);
         }
+        let kept = |e| say_what_is_kept(e, saved.as_ref());
+        let mut stream = match output.early {
+            true => Some(Stream::open(self, request, output)?),
+            false => None,
+        };
         let clock = Instant::now();
-        let latents = self
-            .sample(request, &prompts, finished, &mut noise, saved.as_ref(), reporter)
-            .map_err(|e| say_what_is_kept(e, saved.as_ref()))?;
-        timings.sampling = finish(Phase::Sampling, clock, reporter);
-
-        let clock = Instant::now();
-        self.write(request, output, &latents, reporter)
-            .map_err(|e| say_what_is_kept(e, saved.as_ref()))?;
-        timings.decoding = finish(Phase::Decoding, clock, reporter);
+        if let Some(stream) = &mut stream {
+            for (unit, latent) in finished.iter().enumerate() {
+                stream.push(unit, latent, reporter).map_err(kept)?;
+            }
+        }
+        let mut each_unit = |unit: usize, latent: &Latent, reporter: &mut dyn Reporter| {
+            if let Some(saved) = &saved {
+                saved.save(unit, latent)?;
+            }
+            stream.as_mut().map_or(Ok(()), |stream| stream.push(unit, latent, reporter))
+        };
+        let mut latents = finished;
+        if latents.len() < request.units {
+            latents = self
+                .sample_each(request, &prompts, latents, &mut noise, &mut each_unit, reporter)
+                .map_err(kept)?;
+        }
+        if let Some(path) = &output.latents {
+            write_latents(path, &latents, &self.identity(request, &given)).map_err(kept)?;
+        }
+        match stream {
+            Some(stream) => {
+                timings.decoding = stream.finish().map_err(kept)?;
+                timings.sampling = clock.elapsed().as_secs_f64() - timings.decoding;
+                for (phase, seconds) in
+                    [(Phase::Sampling, timings.sampling), (Phase::Decoding, timings.decoding)]
+                {
+                    reporter.event(&Event::Finished { phase, seconds });
+                }
+            }
+            None => {
+                timings.sampling = finish(Phase::Sampling, clock, reporter);
+                let clock = Instant::now();
+                self.write(request, output, &latents, reporter).map_err(kept)?;
+                timings.decoding = finish(Phase::Decoding, clock, reporter);
+            }
+        }
+        if let Some(path) = &output.sidecar {
+            let mut sidecar = self.settings(request);
+            sidecar["device"] = self.backend().description().into();
+            sidecar["seconds"] = serde_json::json!(timings);
+            write_whole(path, format!("{sidecar:#}\n").as_bytes()).map_err(kept)?;
+        }
         if let (Some(saved), false) = (&saved, output.keep_units) {
             saved.discard()?;
         }
         Ok(timings)
     }
 
+    /// Whether `folder` holds units of this very request.
+    pub fn has_units(&self, request: &Request, folder: &Path) -> bool {
+        folder.join("run.json").is_file()
+            && Start::read(request)
+                .is_ok_and(|start| self.saved_run(folder, request, &start.given).is_there())
+    }
+
     /// Decodes the latents and writes the video.
-    fn write(
+    pub(super) fn write(
         &self,
         request: &Request,
         output: &Output,
@@ -160,62 +255,7 @@ impl Pipeline {
         sink.finish()
     }
 
-    /// The settings that are written into the video.
-    pub fn settings(&self, request: &Request) -> Value {
-        let mut settings = json!({
-            "generator": concat!("pyraflow ", env!("CARGO_PKG_VERSION")),
-            "family": self.checkpoint().family(),
-            "variant": self.checkpoint().variant(),
-            "prompt": request.prompt,
-            "suffix": request.suffix,
-            "negative": request.negative,
-            "width": request.width,
-            "height": request.height,
-            "units": request.units,
-            "steps": request.steps,
-            "video_steps": request.video_steps,
-            "guidance": request.guidance,
-            "video_guidance": request.video_guidance,
-            "seed": request.seed,
-        });
-        if let Some(linear) = request.linear_guidance {
-            settings["linear_guidance"] = json!({ "alpha": linear.alpha, "min": linear.min });
-        }
-        if let Some(tiling) = request.tiling {
-            settings["tile"] = json!(tiling.tile);
-        }
-        if let Some(image) = &request.image {
-            let name = image.path.file_name().unwrap_or_default().to_string_lossy();
-            settings["image"] = json!({ "file": name, "fit": format!("{:?}", image.fit) });
-        }
-        settings
-    }
-
-    /// What decides the latents of each unit; the length does not, so that an unfinished
-    /// run can be resumed at another length.
-    fn identity(&self, request: &Request, image: Option<&Frame>) -> Value {
-        let mut identity = self.settings(request);
-        let weights: serde_json::Map<String, Value> = self
-            .weights
-            .components
-            .iter()
-            .map(|(component, w)| (component.to_string(), w.total_bytes().into()))
-            .collect();
-        if let Some(fields) = identity.as_object_mut() {
-            fields.remove("units");
-            fields.remove("tile");
-            fields.insert("weight_bytes".into(), Value::Object(sorted(weights)));
-            fields.insert("device".into(), self.backend().name().into());
-            if let Some(image) = image {
-                let hash: String =
-                    Sha256::digest(image.data()).iter().map(|b| format!("{b:02x}")).collect();
-                fields.insert("image_sha256".into(), hash.into());
-            }
-        }
-        identity
-    }
-
-    fn warn_of_untrained_size(&self, request: &Request, reporter: &mut dyn Reporter) {
+    pub(super) fn warn_of_untrained_size(&self, request: &Request, reporter: &mut dyn Reporter) {
         let variant = self.checkpoint().variant();
         let (width, height) = (request.width as usize, request.height as usize);
         if !variant.fits(width, height, request.units) {
@@ -231,22 +271,39 @@ impl Pipeline {
         }
     }
 
-    /// Refuses what cannot fit into the device's memory.
-    fn check_memory(&self, request: &Request) -> Result<()> {
-        let networks = super::Networks::of(self.checkpoint())?;
-        let phases = plan(&networks, request, self.backend(), None)?;
-        let need = |p: &super::PhasePlan| match self.backend().copies_weights() {
+    /// Refuses what cannot fit into the device's memory, and what cannot be decoded early.
+    pub(super) fn check_memory(&self, request: &Request, output: &Output) -> Result<()> {
+        if output.early && request.tiling.is_some() {
+            return Err(Error::usage("tiles are decoded when all units are there")
+                .hint("leave out --tile, or what shows frames while they are made"));
+        }
+        let (networks, backend) = (super::Networks::of(self.checkpoint())?, self.backend());
+        let phases = plan(&networks, request, backend, None)?;
+        let need = |p: &super::PhasePlan| match backend.copies_weights() {
             true => p.device_bytes,
             false => p.memory_bytes(),
         };
-        let Some(largest) = phases.iter().max_by_key(|p| need(p)) else { return Ok(()) };
-        match self.backend().free_memory() {
-            Some(available) if need(largest) > available => {
+        let Some(available) = backend.free_memory() else { return Ok(()) };
+        let of = |phases: &[super::PhasePlan], name: &str| {
+            phases.iter().find(|p| p.name == name).map_or(0, need)
+        };
+        let mut all: Vec<(&str, u64)> = phases.iter().map(|p| (&*p.name, need(p))).collect();
+        if output.early {
+            // Both are in memory at once; the decoder makes do with what is left.
+            let sampling = of(&phases, "sampling");
+            let left = ImaginedGpu { memory: available.saturating_sub(sampling) };
+            let decoding = match backend.copies_weights() {
+                true => of(&plan(&networks, request, &left, None)?, "decoding"),
+                false => of(&phases, "decoding"),
+            };
+            all.push(("sampling with decoding", sampling + decoding));
+        }
+        match all.into_iter().max_by_key(|&(_, need)| need) {
+            Some((name, need)) if need > available => {
                 let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
                 Err(Error::memory(format!(
-                    "{} needs {:.2} GiB at least, {:.2} GiB can be had",
-                    largest.name,
-                    gib(need(largest)),
+                    "{name} needs {:.2} GiB at least, {:.2} GiB can be had",
+                    gib(need),
                     gib(available)
                 ))
                 .hint("make the video smaller or shorter; `pyraflow plan` shows what it takes"))
@@ -256,14 +313,77 @@ impl Pipeline {
     }
 }
 
-fn sorted(map: serde_json::Map<String, Value>) -> serde_json::Map<String, Value> {
-    let mut fields: Vec<_> = map.into_iter().collect();
-    fields.sort_by(|a, b| a.0.cmp(&b.0));
-    fields.into_iter().collect()
+/// What a run begins with.
+#[derive(Default)]
+pub(super) struct Start {
+    /// The first image, at the size of the video.
+    pub image: Option<Frame>,
+    /// The units that are finished.
+    pub finished: Vec<Latent>,
+    /// Where finished units are saved.
+    pub saved: Option<SavedRun>,
+    /// What the run's files are.
+    pub given: Given,
+}
+
+impl Start {
+    /// Reads the files that `request` names.
+    fn read(request: &Request) -> Result<Start> {
+        let mut start = Start::default();
+        if let Some(image) = &request.image {
+            let frame = load_image(&image.path, request.width, request.height, image.fit)?;
+            let hash = Sha256::digest(frame.data());
+            start.given.image = Some(hash.iter().map(|b| format!("{b:02x}")).collect());
+            start.image = Some(frame);
+        }
+        if let Some(path) = &request.latents {
+            let file = read_latents(path)?;
+            check_latents(request, &file.units).map_err(|e| e.at(path.display()))?;
+            (start.finished, start.given.latents) = (file.units, Some(file.hash));
+        }
+        Ok(start)
+    }
+}
+
+/// Whether a video of `request` can begin with these units.
+fn check_latents(request: &Request, units: &[Latent]) -> Result<()> {
+    let (settings, _) = request.resolve()?;
+    if request.image.is_some() {
+        return Err(Error::usage("a video begins with an image or with latents, not with both"));
+    }
+    if units.len() > request.units {
+        let (have, frames) = (units.len(), crate::models::vae::video_frames(units.len()));
+        return Err(Error::input(format!("there are {have} latent frames already"))
+            .hint(format!("ask for --units {have} ({frames} frames) or more")));
+    }
+    let wanted = settings.unit_shape();
+    match units.iter().map(Latent::shape).find(|&shape| shape != wanted) {
+        None => Ok(()),
+        Some(shape) => {
+            let (width, height) = (shape.width * 8, shape.height * 8);
+            Err(Error::input(format!(
+                "the latents are of {width}x{height}, the video of {}x{}",
+                request.width, request.height
+            ))
+            .hint(format!("add --size {width}x{height}")))
+        }
+    }
+}
+
+fn warn_of_losses(request: &Request, tokens: &[PromptTokens], reporter: &mut dyn Reporter) {
+    // The published negative prompt is nobody's own words: what is lost of it is no news.
+    let spoken = if request.negative == PUBLISHED_NEGATIVE { 1 } else { 2 };
+    let names = ["prompt", "negative prompt"].into_iter().take(spoken);
+    for (name, tokens) in names.zip(tokens.iter().rev()) {
+        for loss in tokens.losses() {
+            let message = format!("the {name} is too long: {loss}");
+            reporter.event(&Event::Warning { message });
+        }
+    }
 }
 
 /// The units to go on from, with their folder ready for more.
-fn prepare_units(
+pub(super) fn prepare_units(
     saved: Option<&SavedRun>,
     output: &Output,
     request: &Request,
@@ -288,13 +408,13 @@ fn prepare_units(
 
 fn say_what_is_kept(error: Error, saved: Option<&SavedRun>) -> Error {
     match (error.kind(), saved) {
-        (ErrorKind::Interrupted, Some(saved)) => error
+        (ErrorKind::Interrupted | ErrorKind::Memory, Some(saved)) => error
             .hint(format!("finished units are in {}; --resume goes on", saved.folder().display())),
         _ => error,
     }
 }
 
-fn finish(phase: Phase, clock: Instant, reporter: &mut dyn Reporter) -> f64 {
+pub(super) fn finish(phase: Phase, clock: Instant, reporter: &mut dyn Reporter) -> f64 {
     let seconds = clock.elapsed().as_secs_f64();
     reporter.event(&Event::Finished { phase, seconds });
     seconds

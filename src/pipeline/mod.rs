@@ -17,50 +17,62 @@
 //! ```
 
 mod entrance;
+mod extend;
 mod generate;
+mod latents;
 mod measure;
 mod memory;
 mod modulation;
 mod networks;
 mod plan;
 mod predict;
+mod preview;
 mod progress;
 mod prompts;
 mod request;
 mod saved;
+mod settings;
+mod state;
+mod stream;
 mod tiles;
 mod transformer;
 mod vae;
+mod watch;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use generate::{Output, Timings};
+pub use latents::{LatentsFile, read_latents, write_latents};
 pub use measure::{Measured, OpTime, PhaseTime, WeightsOf, measure, random_weights};
 pub use networks::Networks;
 pub use plan::{PhasePlan, plan};
 pub use predict::{Machine, Predicted};
+pub use preview::{LatentRgb, LatentRgbFit};
 pub use progress::{Event, Phase, Quiet, Reporter};
 pub use prompts::{EncodedPrompt, PromptTokens, Tokenizers};
 pub use request::{
-    FRAME_RATE, FirstImage, Request, SIZE_MULTIPLE, Tiling, units_of_frames, units_of_seconds,
+    FRAME_RATE, FirstImage, Preset, Request, SIZE_MULTIPLE, Tiling, units_of_frames,
+    units_of_seconds,
 };
 pub use saved::SavedRun;
+pub use state::{State, units_folder};
 pub use tiles::Volume;
 pub use transformer::{Transformer, geometry, modulation_layout, record_step};
 pub use vae::{Vae, pixels_of};
+
+use watch::{EachUnit, Watch};
 
 use crate::checkpoint::{Checkpoint, Component, ComponentWeights, StoreOptions};
 use crate::exec::Backend;
 use crate::media::Frame;
 use crate::models::{ExpectedWeight, clip, t5, vae as vae_model};
 use crate::sampler::{
-    Latent, LatentScaling, LatentShape, NoiseSource, Observer, StageGeometry, sample,
-    sample_posterior,
+    Latent, LatentScaling, LatentShape, NoiseSource, SamplerRequest, sample, sample_posterior,
 };
 use crate::tensor::WeightSource;
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// The mapped and checked weights of all components.
 pub struct Weights {
@@ -68,18 +80,19 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Maps the weights of every component of `checkpoint`, converting them first where
+    /// Maps the weights of the `wanted` components of `checkpoint`, converting them first where
     /// needed, and checks that exactly the expected tensors are there.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Model`] listing what is missing, unexpected or wrongly shaped.
     pub fn open(
         checkpoint: &Checkpoint,
+        wanted: &[Component],
         store: &StoreOptions,
         reporter: &mut dyn Reporter,
     ) -> Result<Weights> {
         let mut components = HashMap::new();
-        for &component in checkpoint.family().components() {
+        for &component in wanted {
             let mut progress = |done, total| {
                 let detail = component.to_string();
                 reporter.event(&Event::Progress { phase: Phase::Loading, done, total, detail });
@@ -90,6 +103,14 @@ impl Weights {
             components.insert(component, Arc::new(weights));
         }
         Ok(Weights { components })
+    }
+
+    /// Bytes of each component, by name.
+    fn sizes(&self) -> serde_json::Map<String, serde_json::Value> {
+        let mut sizes: Vec<_> =
+            self.components.iter().map(|(c, w)| (c.to_string(), w.total_bytes().into())).collect();
+        sizes.sort_by(|a: &(String, serde_json::Value), b| a.0.cmp(&b.0));
+        sizes.into_iter().collect()
     }
 
     /// The weights of `component`.
@@ -123,7 +144,8 @@ pub struct Pipeline {
     checkpoint: Checkpoint,
     backend: Box<dyn Backend>,
     weights: Weights,
-    tokenizers: Tokenizers,
+    /// None if only latents can be decoded.
+    tokenizers: Option<Tokenizers>,
     loading_seconds: f64,
 }
 
@@ -141,11 +163,29 @@ impl Pipeline {
     ) -> Result<Pipeline> {
         let start = Instant::now();
         checkpoint.require_complete()?;
-        let tokenizers = Tokenizers::open(&checkpoint)?;
-        let weights = Weights::open(&checkpoint, store, reporter)?;
+        let tokenizers = Some(Tokenizers::open(&checkpoint)?);
+        let components = checkpoint.family().components();
+        let weights = Weights::open(&checkpoint, components, store, reporter)?;
         let loading_seconds = start.elapsed().as_secs_f64();
         reporter.event(&Event::Finished { phase: Phase::Loading, seconds: loading_seconds });
         Ok(Pipeline { checkpoint, backend, weights, tokenizers, loading_seconds })
+    }
+
+    /// Maps and checks the VAE alone: enough to [`Pipeline::decode`].
+    ///
+    /// # Errors
+    /// As [`Pipeline::open`].
+    pub fn open_decoder(
+        checkpoint: Checkpoint,
+        backend: Box<dyn Backend>,
+        store: &StoreOptions,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Pipeline> {
+        let start = Instant::now();
+        let weights = Weights::open(&checkpoint, &[Component::Vae], store, reporter)?;
+        let loading_seconds = start.elapsed().as_secs_f64();
+        reporter.event(&Event::Finished { phase: Phase::Loading, seconds: loading_seconds });
+        Ok(Pipeline { checkpoint, backend, weights, tokenizers: None, loading_seconds })
     }
 
     /// The checkpoint.
@@ -166,15 +206,24 @@ impl Pipeline {
         }
     }
 
+    /// How latents become small pictures, for a VAE where that is known: the built-in model's.
+    /// [`LatentRgbFit`] finds it for others, from decoded units.
+    pub fn latent_rgb(&self) -> Option<LatentRgb> {
+        crate::demo::has_vae(self.checkpoint.dir()).then_some(crate::demo::LATENT_RGB)
+    }
+
     /// Token ids of the prompts the run needs: negative and positive, or the positive one
     /// alone without guidance.
     ///
     /// # Errors
     /// As [`Tokenizers::encode`].
     pub fn tokenize(&self, request: &Request) -> Result<Vec<PromptTokens>> {
-        let positive = self.tokenizers.encode(&request.full_prompt())?;
+        let tokenizers = self.tokenizers.as_ref().ok_or_else(|| {
+            Error::usage("only the decoder of this pipeline was opened, which takes no prompts")
+        })?;
+        let positive = tokenizers.encode(&request.full_prompt())?;
         if request.guidance > 0.0 {
-            Ok(vec![self.tokenizers.encode(&request.negative)?, positive])
+            Ok(vec![tokenizers.encode(&request.negative)?, positive])
         } else {
             Ok(vec![positive])
         }
@@ -241,19 +290,66 @@ impl Pipeline {
         saved: Option<&SavedRun>,
         reporter: &mut dyn Reporter,
     ) -> Result<Vec<Latent>> {
+        let each_unit = &mut |unit: usize, latent: &Latent, _: &mut dyn Reporter| match saved {
+            Some(saved) => saved.save(unit, latent),
+            None => Ok(()),
+        };
+        self.sample_each(request, prompts, finished, noise, each_unit, reporter)
+    }
+
+    /// The same; `each_unit` is given every unit as it is finished. Where the device has less
+    /// memory left than there was, the units that are not finished are tried again with what
+    /// is there.
+    fn sample_each(
+        &self,
+        request: &Request,
+        prompts: &[EncodedPrompt],
+        mut finished: Vec<Latent>,
+        noise: &mut dyn NoiseSource,
+        each_unit: EachUnit<'_>,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Vec<Latent>> {
+        /// Tries without a unit finished in between.
+        const TRIES: usize = 3;
         let (settings, _) = request.resolve()?;
+        let mut tries = 0;
+        loop {
+            let before = finished.len();
+            let mut done = finished.clone();
+            let mut keep = |unit: usize, latent: &Latent, reporter: &mut dyn Reporter| {
+                each_unit(unit, latent, reporter)?;
+                done.push(latent.clone());
+                Ok(())
+            };
+            let sampled =
+                self.sample_once(&settings, prompts, finished, noise, &mut keep, reporter);
+            let Err(error) = sampled else { return sampled };
+            tries = if done.len() > before { 1 } else { tries + 1 };
+            if error.kind() != ErrorKind::Memory || tries == TRIES {
+                return Err(error);
+            }
+            let message = format!("planning again after unit {}: {error}", done.len());
+            reporter.event(&Event::Warning { message });
+            finished = done;
+        }
+    }
+
+    fn sample_once(
+        &self,
+        settings: &SamplerRequest,
+        prompts: &[EncodedPrompt],
+        finished: Vec<Latent>,
+        noise: &mut dyn NoiseSource,
+        each_unit: EachUnit<'_>,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Vec<Latent>> {
+        let (config, weights) = (self.checkpoint.transformer(), Component::Transformer);
+        let weights = self.weights.get(weights)?;
+        let mut watch = Watch::new(settings, finished.len(), prompts, each_unit, reporter)?;
+        let session = transformer::open(&*self.backend, weights, config, prompts, settings)?;
         let dtype = self.backend.activations();
-        let config = self.checkpoint.transformer();
-        let mut watch = Watch::new(&settings, finished.len(), prompts, saved, reporter)?;
-        let session = transformer::open(
-            &*self.backend,
-            self.weights.get(Component::Transformer)?,
-            config,
-            prompts,
-            &settings,
-        )?;
-        let mut denoiser = Transformer::new(config, session, dtype, prompts, &settings)?;
-        sample(&settings, finished, &mut denoiser, noise, &mut watch)
+        let mut denoiser = Transformer::new(config, session, dtype, prompts, settings)?;
+        sample(settings, finished, &mut denoiser, noise, &mut watch)
     }
 
     /// Decodes sampled latents and gives the frames in order to `frames`.
@@ -272,67 +368,5 @@ impl Pipeline {
             scaling.to_vae(i, latent);
         }
         self.vae()?.decode(&unscaled, tiling, frames)
-    }
-}
-
-/// Watches the sampler: progress, saving, cancelling.
-struct Watch<'a> {
-    reporter: &'a mut dyn Reporter,
-    saved: Option<&'a SavedRun>,
-    text_tokens: Vec<usize>,
-    units: usize,
-    done: u64,
-    total: u64,
-}
-
-impl<'a> Watch<'a> {
-    fn new(
-        settings: &crate::sampler::SamplerRequest,
-        finished: usize,
-        prompts: &[EncodedPrompt],
-        saved: Option<&'a SavedRun>,
-        reporter: &'a mut dyn Reporter,
-    ) -> Result<Watch<'a>> {
-        let text_tokens: Vec<usize> = prompts.iter().map(|p| p.tokens).collect();
-        let mut total = 0;
-        for unit in finished.max(settings.first_unit())..settings.units {
-            for stage in 0..crate::sampler::STAGES {
-                let stage = settings.stage_geometry(unit, stage)?;
-                total += step_cost(&stage, &text_tokens) * stage.timesteps.len() as u64;
-            }
-        }
-        Ok(Watch { reporter, saved, text_tokens, units: settings.units, done: 0, total })
-    }
-}
-
-/// What a step of this stage costs, about: its tokens.
-fn step_cost(stage: &StageGeometry, text_tokens: &[usize]) -> u64 {
-    geometry(stage, text_tokens).rows() as u64
-}
-
-impl Observer for Watch<'_> {
-    fn step_finished(&mut self, stage: &StageGeometry, done: usize) -> Result<()> {
-        self.done += step_cost(stage, &self.text_tokens);
-        let detail = format!(
-            "unit {}/{} stage {}/3 step {done}/{}",
-            stage.unit + 1,
-            self.units,
-            stage.stage + 1,
-            stage.timesteps.len()
-        );
-        let (done, total) = (self.done, self.total);
-        self.reporter.event(&Event::Progress { phase: Phase::Sampling, done, total, detail });
-        Ok(())
-    }
-
-    fn unit_finished(&mut self, unit: usize, latent: &Latent) -> Result<()> {
-        match self.saved {
-            Some(saved) => saved.save(unit, latent),
-            None => Ok(()),
-        }
-    }
-
-    fn cancelled(&self) -> bool {
-        self.reporter.cancelled()
     }
 }

@@ -4,6 +4,9 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::media::Frame;
+use crate::sampler::Latent;
+
 /// The parts of a run, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -71,6 +74,18 @@ pub trait Reporter {
     /// every few frames.
     fn cancelled(&self) -> bool {
         false
+    }
+
+    /// A stage (0 to 2) of a unit is done, with `latent`: of the stage's size, scaled as the
+    /// sampler has it. Must be quick; the sampler waits.
+    fn stage_finished(&mut self, unit: usize, stage: usize, latent: &Latent) {
+        let _ = (unit, stage, latent);
+    }
+
+    /// A unit was decoded to these frames while sampling goes on; `latent` is scaled as the
+    /// VAE has it. Only runs with [`super::Output::early`] decode units one by one.
+    fn unit_decoded(&mut self, unit: usize, latent: &Latent, frames: &[Frame]) {
+        let _ = (unit, latent, frames);
     }
 }
 

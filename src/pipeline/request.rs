@@ -48,6 +48,15 @@ impl Tiling {
     }
 }
 
+/// How many steps to take, next to the published numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preset {
+    /// Half of the published steps.
+    Fast,
+    /// Twice the published steps for all units but the first, which takes at least as many.
+    Best,
+}
+
 /// Everything that decides what a video looks like. [`Request::new`] gives the published
 /// settings of a checkpoint; change what you like.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,6 +69,9 @@ pub struct Request {
     pub negative: String,
     /// The first frame, if it is given.
     pub image: Option<FirstImage>,
+    /// A file of latents (see [`super::write_latents`]) that the video begins with, in place
+    /// of an image.
+    pub latents: Option<PathBuf>,
     /// Pixels per row, a multiple of 64.
     pub width: u32,
     /// Rows, a multiple of 64.
@@ -106,6 +118,7 @@ impl Request {
             suffix: PUBLISHED_SUFFIX.to_string(),
             negative: PUBLISHED_NEGATIVE.to_string(),
             image,
+            latents: None,
             width: width as u32,
             height: height as u32,
             units: variant.max_latent_frames().min(16),
@@ -134,6 +147,26 @@ impl Request {
             guidance: 2.0,
             video_guidance: 2.0,
             ..self
+        }
+    }
+
+    /// Changes the steps from the published ones of the checkpoint, which must be set: in half
+    /// for [`Preset::Fast`], rounded up; for [`Preset::Best`] twice as many for the later units,
+    /// and for the first at least those.
+    pub fn apply_preset(&mut self, preset: Preset) {
+        match preset {
+            Preset::Fast => {
+                self.steps = self.steps.map(|n| n.div_ceil(2));
+                self.video_steps = self.video_steps.map(|n| n.div_ceil(2));
+            }
+            Preset::Best => {
+                // From an image on, all units take the steps of the first.
+                let from_image = self.image.is_some();
+                self.video_steps = self.video_steps.map(|n| 2 * n);
+                for (first, later) in self.steps.iter_mut().zip(self.video_steps) {
+                    *first = if from_image { 2 * *first } else { later.max(*first) };
+                }
+            }
         }
     }
 
@@ -185,6 +218,35 @@ impl Request {
         let (width, height) = (self.width, self.height);
         Err(Error::input(format!("this model cannot make frames of {width}x{height}"))
             .hint(format!("it has positions for {most} pixels in each direction")))
+    }
+
+    /// Checks that the model was trained for this size and length. Others work, but what they
+    /// make is rarely of use, and only shows after minutes.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Input`] listing the sizes and the length it was trained for.
+    pub fn check_trained(&self, variant: Variant) -> Result<()> {
+        let (width, height) = (self.width as usize, self.height as usize);
+        if variant.fits(width, height, self.units) {
+            return Ok(());
+        }
+        let wrong = if variant.sizes().contains(&(width, height)) {
+            format!("{} latent frames", self.units)
+        } else {
+            format!("{width}x{height}")
+        };
+        Err(not_made_for(variant, &wrong))
+    }
+
+    /// Checks the length only: that of a video whose size is settled.
+    ///
+    /// # Errors
+    /// As [`Request::check_trained`].
+    pub fn check_trained_length(&self, variant: Variant) -> Result<()> {
+        match self.units <= variant.max_latent_frames() {
+            true => Ok(()),
+            false => Err(not_made_for(variant, &format!("{} latent frames", self.units))),
+        }
     }
 
     /// The prompt with its suffix.
@@ -246,9 +308,21 @@ pub fn units_of_seconds(seconds: f64) -> Result<usize> {
         .hint(format!("lengths are thirds of a second; the nearest are {below:.2} and {above:.2}")))
 }
 
+fn not_made_for(variant: Variant, what: &str) -> Error {
+    let sizes: Vec<String> = variant.sizes().iter().map(|(w, h)| format!("{w}x{h}")).collect();
+    let length = match variant.max_latent_frames() {
+        1 => "a single image (--units 1)".to_owned(),
+        most => format!("up to {most} latent frames ({} frames of video)", video_frames(most)),
+    };
+    Error::input(format!("the {variant} model was not made for {what}")).hint(format!(
+        "it was made for {}, {length}; --force tries all the same",
+        sizes.join(" and ")
+    ))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{check_extent, units_of_frames, units_of_seconds};
+    use super::*;
 
     #[test]
     fn frames_and_seconds_to_units() {
@@ -267,6 +341,22 @@ mod tests {
         for seconds in [f64::NAN, -1.0, f64::INFINITY, 1e300] {
             assert!(units_of_seconds(seconds).is_err());
         }
+    }
+
+    #[test]
+    fn presets_change_the_published_steps() {
+        let steps = |variant, image: bool, preset: Option<Preset>| {
+            let image = image.then(|| FirstImage { path: "a.png".into(), fit: Fit::Crop });
+            let mut request = Request::published(Family::Sd3, variant, "", image);
+            preset.into_iter().for_each(|preset| request.apply_preset(preset));
+            (request.steps[0], request.video_steps[0])
+        };
+        let (fast, best) = (Some(Preset::Fast), Some(Preset::Best));
+        let published = |image, preset| steps(Variant::P768, image, preset);
+        assert_eq!([None, fast, best].map(|p| published(false, p)), [(20, 10), (10, 5), (20, 20)]);
+        assert_eq!([None, fast, best].map(|p| published(true, p).0), [10, 5, 20]);
+        let demo = |preset| steps(Variant::P128, false, preset);
+        assert_eq!([None, fast, best].map(demo), [(10, 10), (5, 5), (20, 20)]);
     }
 
     #[test]

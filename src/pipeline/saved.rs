@@ -26,12 +26,48 @@ pub struct SavedRun {
     folder: PathBuf,
     /// Everything that decides the latents, as JSON.
     identity: Value,
+    /// What else was asked for: where the model is and how long the video should become.
+    asked: Value,
 }
+
+/// The name in `run.json` of what does not decide the latents.
+const ASKED: &str = "asked";
 
 impl SavedRun {
     /// The run that `identity` describes, kept in `folder` (which need not exist).
     pub fn new(folder: impl Into<PathBuf>, identity: Value) -> SavedRun {
-        SavedRun { folder: folder.into(), identity }
+        SavedRun { folder: folder.into(), identity, asked: Value::Null }
+    }
+
+    /// The run that is kept in `folder`, as its description says.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Input`] when there is none or its description is damaged;
+    /// [`crate::ErrorKind::Io`] when it cannot be read.
+    pub fn open(folder: impl Into<PathBuf>) -> Result<SavedRun> {
+        let mut run = SavedRun::new(folder, Value::Null);
+        if !run.exists() {
+            return Err(Error::input(format!("{} holds no saved run", run.folder.display()))
+                .hint("generate with --keep-units keeps one beside the video"));
+        }
+        (run.identity, run.asked) = run.description()?;
+        Ok(run)
+    }
+
+    /// Notes what does not decide the latents but helps to go on: it is kept beside them.
+    pub fn asking(mut self, asked: Value) -> SavedRun {
+        self.asked = asked;
+        self
+    }
+
+    /// Everything that decides the latents, as JSON.
+    pub fn identity(&self) -> &Value {
+        &self.identity
+    }
+
+    /// What [`SavedRun::asking`] noted.
+    pub fn asked(&self) -> &Value {
+        &self.asked
     }
 
     /// Where the units are.
@@ -52,7 +88,32 @@ impl SavedRun {
         self.discard()?;
         fs::create_dir_all(&self.folder)
             .map_err(|e| Error::io("cannot create", &self.folder, e))?;
-        self.write("run.json", format!("{:#}\n", self.identity).as_bytes())
+        self.describe()
+    }
+
+    /// Writes the description of the run.
+    fn describe(&self) -> Result<()> {
+        let mut description = self.identity.clone();
+        if let (Some(fields), false) = (description.as_object_mut(), self.asked.is_null()) {
+            fields.insert(ASKED.into(), self.asked.clone());
+        }
+        self.write("run.json", format!("{description:#}\n").as_bytes())
+    }
+
+    /// Identity and notes as they are in the folder.
+    fn description(&self) -> Result<(Value, Value)> {
+        let path = self.folder.join("run.json");
+        let text = fs::read_to_string(&path).map_err(|e| Error::io("cannot read", &path, e))?;
+        let mut found: Value = serde_json::from_str(&text)
+            .map_err(|e| Error::input(format!("{} is damaged", path.display())).because(e))?;
+        // Not `remove`, which changes the order of the others.
+        let asked = found.as_object_mut().and_then(|fields| fields.shift_remove(ASKED));
+        Ok((found, asked.unwrap_or(Value::Null)))
+    }
+
+    /// Whether the folder holds units of this very run.
+    pub fn is_there(&self) -> bool {
+        self.exists() && self.description().is_ok_and(|(found, _)| found == self.identity)
     }
 
     /// Reads back the units that are complete, from the first on.
@@ -61,24 +122,34 @@ impl SavedRun {
     /// [`crate::ErrorKind::Input`] when the folder belongs to another run, naming the
     /// settings that differ; [`crate::ErrorKind::Io`] when it cannot be read.
     pub fn resume(&self, shape: LatentShape) -> Result<Vec<Latent>> {
-        let path = self.folder.join("run.json");
-        let text = fs::read_to_string(&path).map_err(|e| Error::io("cannot read", &path, e))?;
-        let found: Value = serde_json::from_str(&text)
-            .map_err(|e| Error::input(format!("{} is damaged", path.display())).because(e))?;
-        let different = differences(&self.identity, &found);
-        if !different.is_empty() {
-            return Err(Error::input(format!(
-                "{} holds the units of another run: {}",
-                self.folder.display(),
-                different.join(", ")
-            ))
-            .hint("give the same settings to resume it, or -y without --resume to start anew"));
+        let (found, asked) = self.description()?;
+        self.check(&found)?;
+        if !self.asked.is_null() && asked != self.asked {
+            self.describe()?;
         }
-        let mut units = Vec::new();
-        while let Some(latent) = self.read_unit(units.len(), shape) {
-            units.push(latent);
+        Ok(self.units(shape))
+    }
+
+    /// Whether the identity `found` is that of this run.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Input`] naming the settings that differ.
+    pub(super) fn check(&self, found: &Value) -> Result<()> {
+        let different = differences(&self.identity, found);
+        if different.is_empty() {
+            return Ok(());
         }
-        Ok(units)
+        Err(Error::input(format!(
+            "{} holds the units of another run: {}",
+            self.folder.display(),
+            different.join(", ")
+        ))
+        .hint("give the same settings to resume it, or -y without --resume to start anew"))
+    }
+
+    /// The units that are complete and of this run, from the first on.
+    pub fn units(&self, shape: LatentShape) -> Vec<Latent> {
+        (0..).map_while(|unit| self.read_unit(unit, shape)).collect()
     }
 
     /// Saves a finished unit.
@@ -159,17 +230,24 @@ impl SavedRun {
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.folder.join(name);
-        let partial = self.folder.join(format!("{name}.partial"));
-        let written = File::create(&partial)
-            .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-            .and_then(|()| fs::rename(&partial, &path));
-        written.map_err(|e| {
-            let _ = fs::remove_file(&partial);
-            Error::io("cannot write", &path, e)
-                .hint("free some space or choose another place with --output, then --resume")
+        write_whole(&self.folder.join(name), bytes).map_err(|e| {
+            e.hint("free some space or choose another place with --output, then --resume")
         })
     }
+}
+
+/// Writes a file that is there completely or not at all.
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut partial = path.as_os_str().to_os_string();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let written = File::create(&partial)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&partial, path));
+    written.map_err(|e| {
+        let _ = fs::remove_file(&partial);
+        Error::io("cannot write", path, e)
+    })
 }
 
 fn unit_name(unit: usize) -> String {

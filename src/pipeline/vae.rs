@@ -123,6 +123,30 @@ impl<'a> Vae<'a> {
         before.map_or(Ok(()), |last| give(first, last()?, &mut frames))
     }
 
+    /// Decodes the next of a video's `units` latents to its frames; they must come in order.
+    ///
+    /// # Errors
+    /// As [`Vae::decode`].
+    pub fn decode_unit(
+        &mut self,
+        unit: usize,
+        units: usize,
+        latent: &Latent,
+    ) -> Result<Vec<Frame>> {
+        let (config, carries) = (self.config, units > 1);
+        let LatentShape { height, width, .. } = latent.shape();
+        let opened = self.open(Purpose { decode: true, extent: [height, width], carries })?;
+        let input = Volume::of_latent(latent);
+        let (graph, output) = opened.run(config, &input, unit > 0, carries)?;
+        let pixels = opened.session.fetch_pixels(graph, output)?()?;
+        let mut all = Vec::new();
+        give(latent.shape(), pixels, &mut |frame| {
+            all.push(frame);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
     /// Decodes in the published way, tile by tile with blended seams.
     ///
     /// # Errors

@@ -40,6 +40,6 @@ pub use guidance::{LinearGuidance, guided_euler_step};
 pub use history::{Clip, History, clips};
 pub use latent::{CHANNELS, Latent, LatentShape};
 pub use noise::{Draw, Noise, NoiseSource, PhiloxNoise, RecordedNoise};
-pub use request::{Mode, Rounding, SamplerRequest, StageGeometry};
+pub use request::{MAX_EXTENT, MAX_UNITS, Mode, Rounding, SamplerRequest, StageGeometry};
 pub use scaling::{LatentScaling, sample_posterior};
 pub use schedule::{STAGES, Schedule, StageSchedule, stage_spans};

@@ -108,7 +108,16 @@ impl Bench {
     }
 
     fn prepare(&self, mut command: Command) -> Command {
-        command.current_dir(self.dir.path()).env_remove("PYRAFLOW_MODEL");
+        command.current_dir(self.dir.path());
+        // Nor should settings of whoever runs the tests count.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("PYRAFLOW_") {
+                command.env_remove(name);
+            }
+        }
+        command.env("XDG_CONFIG_HOME", self.path("config"));
+        // No model of the user's is found.
+        command.env("HF_HOME", self.path("store"));
         command.env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -164,6 +173,7 @@ impl Generate {
         ask.set("--model", golden("sd3"))
             .set("--store", "store")
             .set("--size", "64x64")
+            .flag("--force")
             .set("--units", "2")
             .set("--steps", "1")
             .set("--video-steps", "1")
@@ -236,7 +246,7 @@ impl<'a> Running<'a> {
     }
 
     /// Waits until `name` is there; false if the run ended first.
-    pub fn wait_for(&mut self, name: impl Fn(&[String]) -> bool) -> bool {
+    pub fn wait_for(&mut self, mut name: impl FnMut(&[String]) -> bool) -> bool {
         while self.started.elapsed() < LIMIT {
             if name(&self.bench.files()) {
                 return true;

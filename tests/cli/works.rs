@@ -177,7 +177,7 @@ fn plan_shows_every_phase() {
     let bench = Bench::new();
     for family in ["sd3", "flux"] {
         let model = golden(family).into_os_string();
-        let small = ["--size", "192x128", "--units", "4"];
+        let small = ["--size", "192x128", "--force", "--units", "4"];
         let mut args = vec!["plan".into(), "--model".into(), model];
         args.extend(small.map(Into::into));
         let table = bench.run(&args).ok().text();
@@ -218,8 +218,10 @@ fn plan_of_the_published_model_shares_its_memory() {
     }
     let sizes = ["plan", "--model", "sd3-768p", "--seconds", "2.5"];
     bench.run(sizes).fails(3, &["2.5 seconds", "2.33 and 2.67"]);
-    bench.run(["plan", "--model", "sd3-1080p"]).fails(4, &["no checkpoint sd3-1080p", "sd3-384p"]);
-    let big = ["plan", "--model", "sd3-768p", "--size", "4096x64"];
+    bench
+        .run(["plan", "--model", "sd3-1080p"])
+        .fails(4, &["no checkpoint folder sd3-1080p", "sd3-384p"]);
+    let big = ["plan", "--model", "sd3-768p", "--size", "4096x64", "--force"];
     bench.run(big).fails(3, &["4096x64", "positions for 3072 pixels"]);
 }
 

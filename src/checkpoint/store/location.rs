@@ -9,6 +9,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
+use super::super::layout::OWN_FOLDER;
 use crate::{Error, ErrorKind, Result};
 
 /// Where converted weights are kept.
@@ -52,9 +53,9 @@ impl StoreOptions {
         match (&self.directory, &self.cache) {
             (Some(directory), _) => Ok(vec![directory.join(own()?)]),
             (None, Some(cache)) => {
-                Ok(vec![checkpoint.join(".pyraflow"), cache.join("pyraflow").join(own()?)])
+                Ok(vec![checkpoint.join(OWN_FOLDER), cache.join("pyraflow").join(own()?)])
             }
-            (None, None) => Ok(vec![checkpoint.join(".pyraflow")]),
+            (None, None) => Ok(vec![checkpoint.join(OWN_FOLDER)]),
         }
     }
 }

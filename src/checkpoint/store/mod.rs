@@ -134,6 +134,12 @@ pub(super) fn open(
     ComponentWeights::from_shards(source.label(), vec![open_safetensors(&path)?])
 }
 
+/// Opens a converted file by itself. What it was made from may be gone.
+pub(crate) fn open_stored(path: &Path) -> Result<ComponentWeights> {
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    ComponentWeights::from_shards(name, vec![open_safetensors(path)?])
+}
+
 impl ComponentWeights {
     /// Compares the contents of a converted file with the checksum made when it was written;
     /// published files hold none and pass. Reads everything.
