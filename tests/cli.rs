@@ -7,6 +7,8 @@ mod accidents;
 mod defaults;
 #[path = "cli/devices.rs"]
 mod devices;
+#[path = "cli/documents.rs"]
+mod documents;
 #[path = "cli/early.rs"]
 mod early;
 #[path = "cli/extending.rs"]

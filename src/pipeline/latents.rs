@@ -71,7 +71,7 @@ pub fn read_latents(path: &Path) -> Result<LatentsFile> {
     let bytes = read_bounded(path)?;
     let wrong = |reason: String| {
         Error::input(format!("{} holds no latents: {reason}", path.display()))
-            .hint("a file of --save-latents is wanted; see docs/cookbook.md for its format")
+            .hint("a file of --save-latents is wanted; see docs/formats.md for its format")
     };
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| wrong(e.to_string()))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| wrong(e.to_string()))?;

@@ -107,7 +107,8 @@ impl Bench {
         self.prepare(command)
     }
 
-    fn prepare(&self, mut command: Command) -> Command {
+    /// The same for any command.
+    pub fn prepare(&self, mut command: Command) -> Command {
         command.current_dir(self.dir.path());
         // Nor should settings of whoever runs the tests count.
         for (name, _) in std::env::vars_os() {
