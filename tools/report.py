@@ -3,6 +3,7 @@
 
     python tools/report.py            rewrite what stands between the markers, and docs/images/*.svg
     python tools/report.py --check    fail if documents or charts are not what the files say
+    python tools/report.py --plans target/release/pyraflow    write plans.json anew first
 
 gpu-ops.json and gpu-linear-cublaslt.json are what `cargo bench --bench ops -- --json FILE` measured (the second with the
 backend that uses cuBLASLt), gpu-full-size.json what `cargo test --release --test full_size -- --json FILE` did,
@@ -15,6 +16,7 @@ import argparse
 import json
 import pathlib
 import re
+import subprocess
 import sys
 
 import report_charts
@@ -407,10 +409,29 @@ def charts(results):
     yield "ops.svg", report_charts.stacked("Milliseconds of a call by kind of op, last unit of 5 s", kinds, rows, "ms")
 
 
+def write_plans(pyraflow):
+    """The operations of clips of the published sizes, as the program states them."""
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    plans = []
+    for family in ("sd3", "miniflux"):
+        for variant in ("384p", "768p"):
+            for seconds in (5, 10):
+                command = [pyraflow, "plan", "--model", f"{family}-{variant}", "--seconds", str(seconds), "--json", "--force"]
+                plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                plans.append({"family": family, "variant": variant, "seconds": seconds,
+                              **{k: plan[k] for k in ("width", "height", "units")},
+                              "flops": {phase["name"]: phase["flops"] for phase in plan["phases"]}})
+    result = {"commit": commit.stdout.strip(), "command": "pyraflow plan --model NAME --seconds N --json", "plans": plans}
+    (RESULTS / "plans.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--plans", metavar="PYRAFLOW", help="write plans.json with this program first")
     args = parser.parse_args()
+    if args.plans:
+        write_plans(args.plans)
     results, written, used = Results(), {}, set()
     for name in DOCUMENTS:
         def fill(match):
