@@ -33,7 +33,7 @@ impl Residency {
     }
 
     /// The matrices that `node` of `graph` needs brought in for it.
-    pub fn streamed<'a>(&self, graph: &Graph, node: &'a Node) -> Vec<WeightId> {
+    pub fn streamed(&self, graph: &Graph, node: &Node) -> Vec<WeightId> {
         let matrices = matrices(node);
         let first = matrices.first().map(|w| graph.weights()[w.index()].name.as_str());
         if first.is_some_and(|name| self.streams(name)) { matrices } else { Vec::new() }
