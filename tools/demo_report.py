@@ -6,7 +6,7 @@
 
 `settings` scores every combination of steps and guidance with tools/score_demo.py. `write` puts what
 lies in benches/results/demo-{text,image,settings}.json between the markers of assets/demo/README.md
-and README.md, so that no score is typed by hand. Only the standard library is needed.
+and docs/checks.md, so that no score is typed by hand. Only the standard library is needed.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def put(path, name, text):
 
 def write(_):
     put(ROOT / "assets/demo/README.md", "scores", scores_section() + "\n\n" + settings_section())
-    put(ROOT / "README.md", "scores", scores_section())
+    put(ROOT / "docs/checks.md", "scores", scores_section())
 
 
 def main():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the performance tables and charts of README.md and docs/performance.md from the files in benches/results.
+"""Writes the performance tables and charts of docs/checks.md and docs/performance.md from the files in benches/results.
 
     python tools/report.py            rewrite what stands between the markers, and docs/images/*.svg
     python tools/report.py --check    fail if documents or charts are not what the files say
@@ -131,7 +131,7 @@ class Results:
         return None, None
 
 
-# Tables of README.md
+# Tables of docs/checks.md
 
 def ops(results):
     report = results.ops
@@ -245,12 +245,15 @@ def reference_notes(results):
     return lines
 
 
-def readme(results):
-    lines = [*ops(results), "", *calls(results), "", *clips(results), "", *memory(results, 5),
-             "", "Which flags for which card, and what goes where: [docs/memory.md](docs/memory.md)."]
-    return [*lines, "", "![seconds of a clip by phase](docs/images/clips.svg)", "",
+def summary(results):
+    return [*clips(results), "", *memory(results, 5)]
+
+
+def checks(results):
+    lines = [*ops(results), "", *calls(results), "", *clips(results)]
+    return [*lines, "", "![seconds of a clip by phase](images/clips.svg)", "",
             "Where the time goes, how it grows and how far it is from the machine's own limits: "
-            "[docs/performance.md](docs/performance.md)."]
+            "[docs/performance.md](performance.md)."]
 
 
 # Tables of docs/performance.md
@@ -379,9 +382,9 @@ def reference_table(results):
     return lines[:-1] or ["No result file of PyTorch's whole clips is in `benches/results`."]
 
 
-SECTIONS = {"readme": readme, "memory": memory, "memory-links": memory_links, "phases": phase_table, "ops": op_table, "kernels": kernel_table, "growth": growth_table,
-            "calls": lambda results: calls(results, None), "reference": reference_table}
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/memory.md")
+SECTIONS = {"summary": summary, "checks": checks, "memory": memory, "memory-links": memory_links, "phases": phase_table,
+            "ops": op_table, "kernels": kernel_table, "growth": growth_table, "calls": lambda results: calls(results, None), "reference": reference_table}
+DOCUMENTS = ("README.md", "docs/checks.md", "docs/performance.md", "docs/memory.md")
 
 
 # Charts
