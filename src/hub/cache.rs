@@ -99,7 +99,9 @@ impl RepoCache {
         // Relative, so that the cache can be moved.
         let up = "../".repeat(2 + path.matches('/').count());
         let failed = |e| Error::io("cannot link", &link, e);
-        let temporary = folder.join(format!(".{}.link", std::process::id()));
+        // Not in the snapshot, where one that a killed run left would count as a file. Links
+        // are made by the one pull that holds the repository.
+        let temporary = self.root.join(".link");
         let _ = fs::remove_file(&temporary);
         symlink(format!("{up}blobs/{blob}"), &temporary).map_err(failed)?;
         fs::rename(&temporary, &link).map_err(|e| {
