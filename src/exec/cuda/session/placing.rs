@@ -1,0 +1,143 @@
+//! Where the tensors of a session's graphs lie, and what the graphs' steps are there.
+
+use std::collections::HashMap;
+
+use super::{CudaSession, Place, Planned};
+use crate::exec::cuda::driver::{Address, DeviceMemory};
+use crate::exec::cuda::memory::Piece;
+use crate::exec::cuda::ops::Prepare;
+use crate::exec::cuda::step::Step;
+use crate::exec::cuda::weights::{Form, Key};
+use crate::graph::{Graph, Node, Plan, Role, StagedWhat, TensorId};
+use crate::{Error, Result};
+
+impl CudaSession {
+    /// Memory of a tensor that outlives a run.
+    fn piece(&self, bytes: usize, name: &str) -> Result<Piece> {
+        Piece::new(&self.context, bytes, name, self.fenced, &self.stream)
+    }
+
+    /// Allocates what `graph` keeps between runs, and uploads its constants.
+    pub(super) fn allocate(
+        &mut self,
+        graph: &Graph,
+        plan: &Plan,
+    ) -> Result<HashMap<TensorId, Piece>> {
+        let mut own = HashMap::new();
+        for (i, tensor) in graph.tensors().iter().enumerate() {
+            let id = TensorId(i as u32);
+            if tensor.root != id {
+                continue;
+            }
+            let bytes = tensor.len() * tensor.dtype.bytes();
+            match &tensor.role {
+                Role::Input => drop(own.insert(id, self.piece(bytes, &tensor.name)?)),
+                Role::Constant(c) => {
+                    let piece = self.piece(bytes, &tensor.name)?;
+                    // SAFETY: the piece holds as many bytes as the constant.
+                    unsafe {
+                        let data = bytemuck::cast_slice(&graph.constants()[*c]);
+                        self.stream.upload(piece.address(), data)?;
+                    }
+                    own.insert(id, piece);
+                }
+                Role::State if plan.staged_state(id).is_some() => {}
+                Role::State => {
+                    let key = (tensor.name.clone(), bytes);
+                    if !self.states.contains_key(&key) {
+                        let piece = self.piece(bytes, &tensor.name)?;
+                        // SAFETY: as above.
+                        unsafe { self.stream.fill(piece.address(), 0, bytes)? };
+                        self.states.insert(key, piece);
+                    }
+                }
+                Role::Intermediate | Role::Output if self.fenced => {
+                    own.insert(id, self.piece(bytes, &tensor.name)?);
+                }
+                Role::Intermediate | Role::Output => {}
+            }
+        }
+        Ok(own)
+    }
+
+    /// Sees to it that the arena and the scratch memory are large enough.
+    pub(super) fn reserve(&mut self, arena: u64, scratch: usize) -> Result<()> {
+        let grow = |memory: &mut Option<DeviceMemory>, bytes: usize, what: &str| {
+            if memory.as_ref().is_none_or(|m| m.bytes() < bytes) {
+                // The old one goes first: both need not fit at once.
+                *memory = None;
+                *memory = Some(DeviceMemory::new(&self.context, bytes, what)?);
+            }
+            Ok::<_, Error>(())
+        };
+        if !self.fenced {
+            grow(&mut self.arena, arena as usize, "intermediates")?;
+        }
+        grow(&mut self.scratch, scratch, "scratch")
+    }
+
+    pub(super) fn bases(&self) -> [Address; 2] {
+        [&self.arena, &self.scratch].map(|m| m.as_ref().map_or(0, DeviceMemory::address))
+    }
+
+    pub(super) fn prepare(&self, planned: &Planned) -> Result<Vec<Step>> {
+        let [_, scratch] = self.bases();
+        let mut steps = Vec::new();
+        for (index, node) in planned.graph.nodes().iter().enumerate() {
+            let place = |id| self.place(planned, id);
+            let mut prepare = Prepare {
+                graph: &planned.graph,
+                node,
+                index,
+                kernels: &self.kernels,
+                cublaslt: self.cublaslt.as_ref(),
+                weights: &self.weights,
+                streamed: self.streamed(planned, index, node),
+                tables: &planned.tables,
+                scratch,
+                place: &place,
+                steps: &mut steps,
+            };
+            prepare.node().map_err(|e| e.at(format!("{} ({})", node.label, node.op.name())))?;
+        }
+        Ok(steps)
+    }
+
+    /// The matrices that come in for `node`, and where to.
+    fn streamed(&self, planned: &Planned, index: usize, node: &Node) -> Option<(Key, Address)> {
+        let matrices = self.residency.streamed(&planned.graph, node);
+        let mut stages = planned.plan.stages().iter();
+        let staged = stages.find(|s| s.node == index && s.what == StagedWhat::Weights)?;
+        Some((Key::new(&planned.graph, &matrices, Form::Bf16), self.bases()[0] + staged.offset))
+    }
+
+    /// Where a tensor lies.
+    pub(super) fn place(&self, planned: &Planned, id: TensorId) -> Result<Place> {
+        let t = planned.graph.tensor(id);
+        let root = planned.graph.tensor(t.root);
+        let start = match &root.role {
+            Role::State => match planned.plan.staged_state(t.root) {
+                Some(staged) => Some(self.bases()[0] + staged.offset),
+                None => {
+                    let key = (root.name.clone(), root.len() * root.dtype.bytes());
+                    self.states.get(&key).map(Piece::address)
+                }
+            },
+            _ => planned
+                .own
+                .get(&t.root)
+                .map(Piece::address)
+                .or_else(|| planned.plan.lifetime(t.root).map(|l| self.bases()[0] + l.offset)),
+        };
+        let start = start.ok_or_else(|| {
+            Error::usage(format!("tensor {} is read or written by no node", root.name))
+        })?;
+        Ok(Place {
+            address: start + (t.offset * t.dtype.bytes()) as u64,
+            rows: t.rows(),
+            cols: t.cols(),
+            stride: t.row_stride,
+            dtype: t.dtype,
+        })
+    }
+}
