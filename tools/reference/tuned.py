@@ -9,6 +9,7 @@ as a CUDA graph. `tune_vae` changes a VAE in place: channels-last convolutions, 
 import functools
 
 import torch
+from torch import library
 from torch.nn import functional as F
 
 from .flux import Flux, patch_tokens
@@ -80,7 +81,7 @@ def flex_attention(device):
 _layout = [None]
 
 
-@torch.library.custom_op("pyramid_reference::attend", mutates_args=())
+@library.custom_op("pyramid_reference::attend", mutates_args=())
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return _layout[0].attend(q, k, v)
 
