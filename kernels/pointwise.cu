@@ -116,8 +116,9 @@ struct PackConvParams {
     const bf16* weight;
     bf16* out;
     int cout, cin, taps, cin_padded;
+    int first, every;
 };
-static_assert(sizeof(PackConvParams) == 32, "as on the host");
+static_assert(sizeof(PackConvParams) == 40, "as on the host");
 
 constexpr int kThreads = 256;
 
@@ -351,13 +352,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (!finite) *p.not_finite = 1;
 }
 
-// weight [cout, cin, taps] → out [cout, taps, cin_padded], zero beyond cin.
+// Rows first, first + every, … of weight [rows, cin, taps] → out [cout, taps, cin_padded], zero beyond cin.
 extern "C" __global__ void __launch_bounds__(kThreads)
     pack_conv(const __grid_constant__ PackConvParams p) {
     const int64_t index = thread_index();
     const Place at = place_of(index, p.cin_padded);
     const Place filter = place_of(at.row, p.taps);
     if (filter.row >= p.cout) return;
-    const int64_t from = (filter.row * p.cin + at.column) * p.taps + filter.column;
+    const int64_t row = p.first + filter.row * p.every;
+    const int64_t from = (row * p.cin + at.column) * p.taps + filter.column;
     p.out[index] = at.column < p.cin ? p.weight[from] : narrow<bf16>(0.0f);
 }

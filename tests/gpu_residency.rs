@@ -12,7 +12,7 @@ use common::runs::{encoded, open_on, repeat, shown};
 use pyraflow::Result;
 use pyraflow::exec::cuda::probe;
 use pyraflow::exec::{Backend, Cuda, Session};
-use pyraflow::graph::{Graph, Plan, Residency};
+use pyraflow::graph::{Ahead, Graph, Plan, Residency};
 use pyraflow::tensor::{DType, WeightSource};
 
 /// A GPU on which nothing stays, whatever it is asked for.
@@ -51,8 +51,13 @@ impl Backend for Streaming {
     }
 }
 
-/// Bytes that may wait for their nodes: just in time, a few matrices, everything.
-const AHEAD: [u64; 3] = [0, 100 << 10, 1 << 40];
+/// How far transfers may be from their nodes: just in time, a few matrices, everything.
+const AHEAD: [Ahead; 4] = [
+    Ahead { bytes: 0, nodes: 1 },
+    Ahead { bytes: 100 << 10, nodes: 4 },
+    Ahead::bytes(100 << 10),
+    Ahead::bytes(1 << 40),
+];
 
 /// Makes a backend of the kind that is to be compared.
 type Make<'a> = &'a dyn Fn() -> Box<dyn Backend>;
@@ -74,13 +79,9 @@ fn same_bits(calls: impl Fn(Make<'_>) -> Vec<Comparison>) {
         for (found, expected) in found.iter().zip(&expected) {
             let same =
                 found.found.iter().zip(&expected.found).all(|(a, b)| a.to_bits() == b.to_bits());
-            assert!(
-                same && found.found.len() == expected.found.len(),
-                "{}, {ahead} ahead",
-                found.what
-            );
+            assert!(same && found.found.len() == expected.found.len(), "{}, {ahead:?}", found.what);
         }
-        println!("{} results the same to the bit, {ahead} bytes ahead", found.len());
+        println!("{} results the same to the bit, {ahead:?}", found.len());
     }
 }
 

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use pyraflow::checkpoint::Family;
 use pyraflow::exec::{Backend, Cpu};
 use pyraflow::graph::{
-    Activation, Epilogue, Graph, Op, Plan, Residency, Staged, StagedWhat, TensorId, matrices,
+    Activation, Ahead, Epilogue, Graph, Op, Plan, Residency, Staged, StagedWhat, TensorId, matrices,
 };
 use pyraflow::models::dit::{Clip, Geometry, StepOutput};
 use pyraflow::models::vae::{Window, record_decoder};
@@ -214,13 +214,17 @@ fn real_graphs(family: Family) -> Vec<Graph> {
 #[test]
 fn plans_of_the_real_models_with_nothing_that_stays() {
     let mut graphs = real_graphs(Family::Sd3);
-    let window = Window { continues: true, carries: true, at_once: 1, ..Window::whole(1, 96, 160) };
     let vae = Networks::published(Family::Sd3).vae;
-    graphs.push(record_decoder(&vae, window, DType::Bf16).expect("graph"));
+    for at_once in [2, 1] {
+        let window =
+            Window { continues: true, carries: true, at_once, ..Window::whole(1, 96, 160) };
+        graphs.push(record_decoder(&vae, window, DType::Bf16).expect("graph"));
+    }
     for g in graphs {
         let mut arena = u64::MAX;
         for ahead in [1 << 40, 512 << 20, 64 << 20, 0] {
-            let plan = Plan::staged(&g, DType::bytes, &Residency::nothing_stays(ahead));
+            let plan =
+                Plan::staged(&g, DType::bytes, &Residency::nothing_stays(Ahead::bytes(ahead)));
             check_stages(&g, &plan);
             let used = g.nodes().iter().filter(|n| n.state.is_some() || !matrices(n).is_empty());
             assert_eq!(plan.stages().len(), used.count());

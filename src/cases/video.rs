@@ -50,6 +50,11 @@ impl Conv {
         Conv { residual: true, ..self }
     }
 
+    /// Of a shuffle into time the frames one after the other.
+    fn in_halves(self) -> Conv {
+        self.with_shuffle(Shuffle::OneOfTime { second: true })
+    }
+
     fn in_windows(self, frames: &[usize]) -> Conv {
         Conv { windows: frames.to_vec(), ..self }
     }
@@ -73,7 +78,14 @@ impl Conv {
             shuffle,
             residual: self.residual,
             continues,
+            moves_on: true,
         };
+        if self.shuffle == (Shuffle::OneOfTime { second: true }) {
+            let shuffle = Shuffle::OneOfTime { second: false };
+            let first = ConvSpec { shuffle, moves_on: false, ..spec.clone() };
+            let y = g.conv3d(first, &[x], self.windows.len() > 1)?;
+            g.mark_output("first", y);
+        }
         let mut read = vec![x];
         if self.residual {
             let front = spec.front_frames();
@@ -102,6 +114,7 @@ impl Conv {
             Shuffle::Space => "-space",
             Shuffle::Time { drop_first: true } => "-time-drop",
             Shuffle::Time { drop_first: false } => "-time",
+            Shuffle::OneOfTime { .. } => "-time-in-halves",
         };
         kind += if self.residual { "-residual" } else { "" };
         let Conv { height, width, inputs, outputs, .. } = self;
@@ -109,6 +122,9 @@ impl Conv {
         let name = format!("{prefix}{kind}/{frames}x{height}x{width}-c{inputs}-{outputs}");
         let first = self.clone();
         let mut case = Case::new("conv3d", name, move |g, dtype| first.record(g, dtype, 0));
+        if let Shuffle::OneOfTime { .. } = self.shuffle {
+            case.outputs.push("first");
+        }
         for window in 1..self.windows.len() {
             let conv = self.clone();
             case = case.then(move |g, dtype| conv.record(g, dtype, window));
@@ -182,6 +198,7 @@ fn small() -> Vec<Case> {
         conv(size, 16, 16).with_shuffle(Shuffle::Space).case(),
         conv(size, 16, 16).with_shuffle(DROP).case(),
         conv(size, 16, 16).with_shuffle(KEEP).case(),
+        conv(size, 16, 16).in_halves().case(),
         conv(size, 16, 24).with_residual().case(),
         conv(size, 16, 16).in_windows(&[2, 1, 3]).case(),
         conv(size, 16, 16).in_windows(&[3, 2]).with_stride([2, 1, 1]).case(),
@@ -204,12 +221,14 @@ fn test() -> Vec<Case> {
             cases.push(conv().with_shuffle(Shuffle::Space).case());
             cases.push(conv().with_shuffle(DROP).case());
             cases.push(conv().with_shuffle(KEEP).case());
+            cases.push(conv().in_halves().case());
             cases.push(conv().with_residual().case());
         }
     }
     for outputs in [8, 12, 20, 96, 160, 256] {
         cases.push(conv([2, 5, 7], 16, outputs).with_shuffle(Shuffle::Space).case());
         cases.push(conv([2, 5, 7], 16, outputs).with_shuffle(DROP).case());
+        cases.push(conv([2, 5, 7], 16, outputs).in_halves().case());
     }
     cases.extend(windows());
     cases.extend(structured_convolutions());
@@ -250,6 +269,7 @@ fn windows() -> Vec<Case> {
         cases.push(conv(size, 24, 24).in_windows(frames).with_residual().case());
         cases.push(conv(size, 16, 32).in_windows(frames).with_shuffle(Shuffle::Space).case());
         cases.push(conv(size, 16, 32).in_windows(frames).with_shuffle(DROP).case());
+        cases.push(conv(size, 64, 128).in_windows(frames).in_halves().case());
         cases.push(conv(size, 16, 32).in_windows(frames).with_stride([1, 2, 2]).case());
         cases.push(conv(size, 16, 24).in_windows(frames).pointwise().case());
     }
@@ -357,6 +377,7 @@ fn bench() -> Vec<Case> {
         conv([4, 384, 640], 512, 256).pointwise().case(),
         conv([4, 384, 640], 256, 256).with_residual().case(),
         conv([4, 384, 640], 256, 1024).with_shuffle(Shuffle::Space).case(),
+        conv([1, 768, 1280], 256, 512).in_halves().case(),
         conv([8, 768, 1280], 256, 128).case(),
         conv([8, 768, 1280], 128, 128).with_residual().case(),
         conv([8, 768, 1280], 128, 3).case(),

@@ -179,7 +179,7 @@ fn tell(console: &mut Console, folder: &Path, told: Told) -> Result<()> {
         }
         Told::Done { job, timings } => {
             let (_, spec) = job.request.resolve()?;
-            console.done(&folder.join(&job.output), &spec, timings)?;
+            console.done(&folder.join(&job.output), &spec, timings, None)?;
         }
         Told::Failed { job, error } => {
             let hint = error.hint_text().map(|h| format!(" ({h})")).unwrap_or_default();

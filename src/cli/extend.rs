@@ -134,7 +134,7 @@ pub fn extend(args: &ExtendArgs) -> Result<()> {
     let pipeline = Pipeline::open(checkpoint, backend, &run.store(), &mut console)?;
     args.look.prepare(None, &pipeline, &mut output, &mut console)?;
     let timings = pipeline.extend(&state, &request, &output, &mut console)?;
-    console.done(&shown, &spec, &timings)
+    console.done(&shown, &spec, &timings, pipeline.backend().first_run())
 }
 
 /// Decodes what was saved.
@@ -151,7 +151,7 @@ pub fn decode(args: &DecodeArgs) -> Result<()> {
     console.start(&request, &shown, &backend.description())?;
     let pipeline = Pipeline::open_decoder(checkpoint, backend, &run.store(), &mut console)?;
     let timings = pipeline.decode_state(&state, &request, &output, &mut console)?;
-    console.done(&shown, &spec, &timings)
+    console.done(&shown, &spec, &timings, pipeline.backend().first_run())
 }
 
 /// The request whose latents are there, or one that only says their size.

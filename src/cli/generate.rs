@@ -126,7 +126,7 @@ pub fn run(args: &Args) -> Result<()> {
     let pipeline = Pipeline::open(checkpoint, backend, &args.run.store(), &mut console)?;
     args.look.prepare(None, &pipeline, &mut output, &mut console)?;
     let timings = pipeline.generate(&request, &output, &mut console)?;
-    console.done(&path, &spec, &timings)
+    console.done(&path, &spec, &timings, pipeline.backend().first_run())
 }
 
 fn request(args: &Args, checkpoint: &Checkpoint, prompt: &str) -> Result<Request> {

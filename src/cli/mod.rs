@@ -25,7 +25,9 @@ mod verify;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use pyraflow::{Error, ErrorKind, Result};
@@ -80,6 +82,7 @@ enum Command {
 
 /// Runs the command line and returns the process's exit code.
 pub fn run() -> ExitCode {
+    START.get_or_init(Instant::now);
     let args: Vec<OsString> = std::env::args_os().collect();
     match parse(&args).and_then(|cli| dispatch(&cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -88,6 +91,14 @@ pub fn run() -> ExitCode {
             ExitCode::from(error.kind().exit_code())
         }
     }
+}
+
+/// When the program began.
+static START: OnceLock<Instant> = OnceLock::new();
+
+/// Seconds from the start of the program to `then`.
+fn since_start(then: Instant) -> f64 {
+    START.get().map_or(0.0, |start| then.saturating_duration_since(*start).as_secs_f64())
 }
 
 /// Reads the command line; what clap finds wrong ends the process.

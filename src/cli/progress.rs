@@ -105,8 +105,15 @@ impl Console {
         }))
     }
 
-    /// Says what was written and how long it took.
-    pub fn done(&mut self, output: &Path, spec: &VideoSpec, timings: &Timings) -> Result<()> {
+    /// Says what was written and how long it took; `first_run` is when the GPU got its first
+    /// work, if there is one.
+    pub fn done(
+        &mut self,
+        output: &Path,
+        spec: &VideoSpec,
+        timings: &Timings,
+        first_run: Option<Instant>,
+    ) -> Result<()> {
         self.bar.finish_and_clear();
         self.phase = None;
         let Timings { loading, text, image, sampling, decoding } = timings;
@@ -121,7 +128,7 @@ impl Console {
         ));
         self.json(&json!({
             "event": "done", "output": output.display().to_string(), "frames": spec.frames,
-            "seconds": timings,
+            "seconds": timings, "start_to_first_kernel": first_run.map(super::since_start),
         }))
     }
 

@@ -13,6 +13,7 @@ pub use cuda::{CONTEXT_BYTES, Cuda};
 pub use imagined::ImaginedGpu;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::graph::{Graph, Plan, Residency, Role, Tensor, TensorId};
 use crate::tensor::{DType, WeightSource};
@@ -38,6 +39,11 @@ pub trait Backend: Send + Sync {
     /// Whether weights are copied into the memory that tensors live in (on the CPU they stay
     /// in the mapped files).
     fn copies_weights(&self) -> bool;
+
+    /// When the first graph was given to a device that works beside the program.
+    fn first_run(&self) -> Option<Instant> {
+        None
+    }
 
     /// Opens a session on the weights of one component, all of which stay on the device.
     ///

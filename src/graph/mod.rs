@@ -19,7 +19,7 @@ pub use op::{
     Activation, AttentionSpec, ConvSpec, Epilogue, Op, RelativeBias, RowGroup, Segment, Shuffle,
 };
 pub use plan::{Lifetime, Plan, Staged, StagedWhat};
-pub use residency::{Residency, matrices};
+pub use residency::{Ahead, Residency, matrices};
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -213,6 +213,11 @@ impl Graph {
     /// Whether node `index` reads frames that were carried to it.
     pub fn continues(&self, index: usize) -> bool {
         matches!(&self.nodes[index].op, Op::Conv3d(spec) if spec.continues)
+    }
+
+    /// Whether node `index` changes the frames that are carried on.
+    pub fn moves_on(&self, index: usize) -> bool {
+        matches!(&self.nodes[index].op, Op::Conv3d(spec) if spec.moves_on)
     }
 
     /// Bytes of all weights the graph reads, at `bytes_per_element`.

@@ -116,6 +116,12 @@ pub enum Shuffle {
         /// Whether to leave out the first frame.
         drop_first: bool,
     },
+    /// Channel `(c, p)` of one `p` goes to frame `t`, channel `c`; those of the other are not
+    /// computed: one of the two frames that `Time` makes of each.
+    OneOfTime {
+        /// Whether `p` is 1.
+        second: bool,
+    },
 }
 
 /// A causal 3-D convolution: height and width padded by zeros on both sides, time by the
@@ -137,6 +143,9 @@ pub struct ConvSpec {
     /// Whether this window continues a video: then the frames in front are those carried
     /// from the window before, else they are zeros.
     pub continues: bool,
+    /// Whether what is carried becomes the last frames of this window: not where another
+    /// convolution of the same frames follows.
+    pub moves_on: bool,
 }
 
 impl ConvSpec {
@@ -144,6 +153,14 @@ impl ConvSpec {
     /// frames where it continues.
     pub fn front_frames(&self) -> usize {
         if self.continues { self.carried_frames() } else { self.kernel[0] - 1 }
+    }
+
+    /// Which half of the channels is computed, if not all are: of each two the first or the second.
+    pub fn half(&self) -> Option<usize> {
+        match self.shuffle {
+            Shuffle::OneOfTime { second } => Some(usize::from(second)),
+            _ => None,
+        }
     }
 
     /// Frames of the extended input (front and new) that the next window needs: those the
@@ -365,6 +382,7 @@ impl Op {
                 let weight = &graph.weights()[conv.weight.index()].shape;
                 // Of one frame of the kernel.
                 let [out, channels, _, height, width] = weight[..] else { return 0 };
+                let out = if conv.half().is_some() { out / 2 } else { out };
                 let products = (out * channels * height * width) as u64;
                 let x = graph.tensor(node.inputs[0]);
                 2 * products * super::shape::conv_frame_positions(conv, &x.shape) as u64

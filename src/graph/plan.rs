@@ -184,7 +184,7 @@ fn persistent_bytes(
 }
 
 /// What comes in from the host, not placed yet, with the nodes during which its memory is
-/// kept: as early, and for states as long, as at most [`Residency::ahead`] bytes are there.
+/// kept: as early, and for states as long, as [`Residency::ahead`] allows.
 fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u64) -> Vec<Staged> {
     if residency.is_full() {
         return Vec::new();
@@ -203,6 +203,7 @@ fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u6
             staged.push(item(StagedWhat::State(state), bytes_of(state)));
         }
     }
+    let most = residency.ahead();
     let sizes: Vec<(usize, u64)> = staged.iter().map(|s| (s.node, s.bytes)).collect();
     let mut last_use: HashMap<&str, usize> = HashMap::new();
     let (mut first, mut after, mut ahead, mut behind) = (0, 0, 0, 0);
@@ -210,24 +211,24 @@ fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u6
         // Items first ..= k fit before this node: the memory of the one before `first` is
         // free for this one when its node has run.
         ahead += item.bytes;
-        while ahead > residency.ahead() && first < k {
+        while ahead > most.bytes && first < k {
             ahead -= sizes[first].1;
             first += 1;
         }
         let free = first.checked_sub(1).map_or(0, |before| sizes[before].0 + 1);
-        item.nodes.start = free.min(item.node);
+        item.nodes.start = free.max(item.node.saturating_sub(most.nodes)).min(item.node);
         // Items k .. after fit from this node on.
         if after < k {
             (after, behind) = (k, 0);
         }
-        while after < sizes.len() && (behind + sizes[after].1 <= residency.ahead() || after == k) {
+        while after < sizes.len() && (behind + sizes[after].1 <= most.bytes || after == k) {
             behind += sizes[after].1;
             after += 1;
         }
         behind -= item.bytes;
         let StagedWhat::State(state) = item.what else { continue };
         let next = sizes.get(after).map_or(graph.nodes().len() + 1, |&(node, _)| node);
-        item.nodes.end = next.max(item.node + 1);
+        item.nodes.end = next.min(item.node.saturating_add(most.nodes)).max(item.node + 1);
         // A state must have been used before it can come in for its next use.
         let name = graph.tensor(state).name.as_str();
         if let Some(before) = last_use.insert(name, item.node) {

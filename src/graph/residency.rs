@@ -5,6 +5,29 @@ use std::collections::HashSet;
 
 use super::{Graph, Node, Op, WeightId};
 
+/// How far transfers may be from the nodes that they are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ahead {
+    /// Most bytes that wait for their nodes, or to go out after them; one node's may be more.
+    pub bytes: u64,
+    /// Most nodes before the one they are for at which they begin to come in, and after it by
+    /// which they have gone out.
+    pub nodes: usize,
+}
+
+impl Ahead {
+    /// At most so many bytes, however many nodes away.
+    pub const fn bytes(bytes: u64) -> Ahead {
+        Ahead { bytes, nodes: usize::MAX }
+    }
+}
+
+impl Default for Ahead {
+    fn default() -> Ahead {
+        Ahead::bytes(0)
+    }
+}
+
 /// Which weights and which carried frames stay in device memory. All of them do by default.
 ///
 /// Only matrices and embedding tables are ever streamed: norms, biases and convolutions are
@@ -16,19 +39,25 @@ pub struct Residency {
     hosted: HashSet<String>,
     /// Whether nothing stays, whatever is named.
     none: bool,
-    ahead: u64,
+    ahead: Ahead,
+    arena: u64,
 }
 
 impl Residency {
     /// Streams the matrices that are named (a node's by its first one) and keeps the states
-    /// that are named on the host. What is needed next may come in early while at most
-    /// `ahead` bytes wait for their nodes.
-    pub fn new(streamed: HashSet<String>, hosted: HashSet<String>, ahead: u64) -> Residency {
-        Residency { streamed, hosted, none: false, ahead }
+    /// that are named on the host.
+    pub fn new(streamed: HashSet<String>, hosted: HashSet<String>, ahead: Ahead) -> Residency {
+        Residency { streamed, hosted, none: false, ahead, arena: 0 }
+    }
+
+    /// The same, with an arena of `bytes` from the first graph on: that of the largest graph to
+    /// come, so that memory does not grow.
+    pub fn with_arena(self, bytes: u64) -> Residency {
+        Residency { arena: bytes, ..self }
     }
 
     /// Streams every matrix and keeps every state on the host.
-    pub fn nothing_stays(ahead: u64) -> Residency {
+    pub fn nothing_stays(ahead: Ahead) -> Residency {
         Residency { none: true, ahead, ..Residency::default() }
     }
 
@@ -49,8 +78,13 @@ impl Residency {
         self.none || self.hosted.contains(name)
     }
 
-    /// Bytes that may wait for their nodes.
-    pub fn ahead(&self) -> u64 {
+    /// Bytes that the arena has at least.
+    pub fn arena(&self) -> u64 {
+        self.arena
+    }
+
+    /// How far transfers may be from their nodes.
+    pub fn ahead(&self) -> Ahead {
         self.ahead
     }
 

@@ -172,6 +172,10 @@ fn conv3d(check: &Checker<'_>, spec: &ConvSpec) -> Result<Vec<usize>> {
             check.that(c.is_multiple_of(2), "channels for the shuffle")?;
             vec![2 * t - usize::from(drop_first), h, w, c / 2]
         }
+        Shuffle::OneOfTime { .. } => {
+            check.that(c.is_multiple_of(2), "channels for the shuffle")?;
+            vec![t, h, w, c / 2]
+        }
     };
     if spec.residual {
         check.that(check.shapes[1] == shape, "residual")?;

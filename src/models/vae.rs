@@ -31,8 +31,8 @@ pub struct Window {
     pub continues: bool,
     /// Whether the next window continues this one.
     pub carries: bool,
-    /// Most frames that the decoder brings to its last level at once, which doubles them: fewer
-    /// take less memory and give the same bits.
+    /// Most frames of its last level that the decoder makes at once, 1 or an even number, and
+    /// twice as many of each level before: fewer take less memory and give the same bits.
     pub at_once: usize,
 }
 
@@ -90,8 +90,10 @@ impl UpBlocks<'_> {
         }
         let whole = r.window;
         let frames = r.g.tensor(x).shape[0];
-        let last = b + 2 == self.channels.len();
-        let piece = if last { frames.min(whole.at_once.max(1)) } else { frames };
+        // Frames that the next level makes at once; it doubles them.
+        let deeper = self.channels.len() - (b + 2);
+        let most = whole.at_once.saturating_mul(1 << deeper);
+        let piece = frames.min((most / 2).max(1));
         for start in (0..frames).step_by(piece) {
             let end = frames.min(start + piece);
             r.window.continues = whole.continues || start > 0;
@@ -99,13 +101,41 @@ impl UpBlocks<'_> {
             let part = if piece == frames { x } else { r.g.frames(x, start..end) };
             let space = Conv { shuffle: Shuffle::Space, ..Conv::same() };
             let y = r.conv(&format!("{name}.upsamplers.0.conv.conv"), part, 4 * width, space)?;
-            let shuffle = Shuffle::Time { drop_first: !r.window.continues };
-            let time = Conv { shuffle, ..Conv::same() };
+            let time = |shuffle| Conv { shuffle, ..Conv::same() };
             let name = format!("{name}.temporal_upsamplers.0.conv.conv");
-            let y = r.conv(&name, y, 2 * width, time)?;
-            self.record(r, b + 1, y)?;
+            if most == 1 {
+                self.one_by_one(r, b + 1, |r, second| {
+                    let one = Conv { moves_on: second, ..time(Shuffle::OneOfTime { second }) };
+                    r.conv(&name, y, 2 * width, one)
+                })?;
+            } else {
+                let all = time(Shuffle::Time { drop_first: !r.window.continues });
+                let y = r.conv(&name, y, 2 * width, all)?;
+                self.record(r, b + 1, y)?;
+            }
         }
         r.window = whole;
+        Ok(())
+    }
+
+    /// Records level `b` for each of the two frames that `make` gives, of which a video's start
+    /// has the second alone.
+    fn one_by_one(
+        &mut self,
+        r: &mut Recorder,
+        b: usize,
+        make: impl Fn(&mut Recorder, bool) -> Result<TensorId>,
+    ) -> Result<()> {
+        let piece = r.window;
+        for second in [false, true] {
+            if !second && !piece.continues {
+                continue;
+            }
+            let frame = make(r, second)?;
+            r.window.carries = piece.carries || !second;
+            self.record(r, b, frame)?;
+            r.window = piece;
+        }
         Ok(())
     }
 
@@ -168,11 +198,13 @@ struct Conv {
     stride: [usize; 3],
     shuffle: Shuffle,
     residual: Option<TensorId>,
+    moves_on: bool,
 }
 
 impl Conv {
     fn same() -> Conv {
-        Conv { kernel: 3, stride: [1; 3], shuffle: Shuffle::None, residual: None }
+        let (stride, shuffle) = ([1; 3], Shuffle::None);
+        Conv { kernel: 3, stride, shuffle, residual: None, moves_on: true }
     }
 
     fn pointwise() -> Conv {
@@ -238,6 +270,7 @@ impl Recorder {
             shuffle: how.shuffle,
             residual: how.residual.is_some(),
             continues: self.window.continues,
+            moves_on: how.moves_on,
         };
         (spec, [x].into_iter().chain(how.residual).collect())
     }

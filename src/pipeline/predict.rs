@@ -77,7 +77,7 @@ pub(super) fn predict(graph: &Graph, plan: &Plan, machine: &Machine) -> Predicte
         now += takes;
         resident_seconds += takes;
         for (k, staged) in stages.iter().enumerate().filter(|(_, s)| s.node == index) {
-            if staged.what != StagedWhat::Weights {
+            if staged.what != StagedWhat::Weights && graph.moves_on(staged.node) {
                 outward = outward.max(now) + staged.bytes as f64 / machine.link;
                 stored[k] = outward;
             }

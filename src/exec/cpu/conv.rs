@@ -67,7 +67,7 @@ pub(super) fn conv3d(run: &Run<'_>, spec: &ConvSpec) -> Result<()> {
         dtype: run.output_dtype(),
     };
     kernel.run();
-    if let Some(state) = state {
+    if let Some(state) = state.filter(|_| spec.moves_on) {
         carry(&x, state, frames, front, spec);
     }
     Ok(())
@@ -205,6 +205,11 @@ impl Kernel<'_> {
                     let row = t * pixels + (2 * y + p1) * self.out_width + 2 * x + p2;
                     self.put(row, values.len() / 4, |c| values[c * 4 + p1 * 2 + p2]);
                 }
+            }
+            Shuffle::OneOfTime { second } => {
+                // The other half is computed for nothing, which costs no memory.
+                let p = usize::from(second);
+                self.put(position, values.len() / 2, |c| values[c * 2 + p]);
             }
             Shuffle::Time { drop_first } => {
                 for p in 0..2 {

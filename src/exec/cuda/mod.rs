@@ -20,7 +20,8 @@ mod traffic;
 mod upload;
 mod weights;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Instant;
 
 use crate::Result;
 use crate::exec::{Backend, Session};
@@ -60,6 +61,7 @@ pub struct Cuda {
     /// Bytes per second that copies between host and device are slowed to.
     link: Option<f64>,
     fenced: bool,
+    first_run: Arc<OnceLock<Instant>>,
 }
 
 impl Cuda {
@@ -73,8 +75,8 @@ impl Cuda {
         let capability = info.compute_capability;
         let kernels = Arc::new(Kernels::load(&context, (capability.0, capability.1))?);
         let uploader = Arc::new(Mutex::new(Uploader::new(&context, None)?));
-        let (gemm, link) = (Gemm::Automatic, None);
-        Ok(Cuda { context, kernels, info, uploader, gemm, link, fenced: false })
+        let (gemm, link, first_run) = (Gemm::Automatic, None, Arc::default());
+        Ok(Cuda { context, kernels, info, uploader, gemm, link, fenced: false, first_run })
     }
 
     /// Only the kernels that every supported GPU runs, not those of one generation, and no
@@ -175,6 +177,10 @@ impl Backend for Cuda {
 
     fn copies_weights(&self) -> bool {
         true
+    }
+
+    fn first_run(&self) -> Option<Instant> {
+        self.first_run.get().copied()
     }
 
     fn open_with(

@@ -172,7 +172,8 @@ pub(super) struct Rgb8 {
     pub n: i64,
 }
 
-/// Convolution weights from `[out][in][tap]` to `[out][tap][in]`, `in` padded with zeros.
+/// Convolution weights from `[out][in][tap]` to `[out][tap][in]`, `in` padded with zeros, all
+/// rows or some.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct PackConv {
@@ -182,6 +183,9 @@ pub(super) struct PackConv {
     pub cin: i32,
     pub taps: i32,
     pub cin_padded: i32,
+    /// The output's first row in the weight, and how far its rows lie apart there.
+    pub first: i32,
+    pub every: i32,
 }
 
 /// Which sample the rows belong to: up to [`RowGroups::MOST`] runs of rows.
@@ -458,7 +462,7 @@ sizes! {
     Halve = 40,
     Renoise = 48,
     Rgb8 = 32,
-    PackConv = 32,
+    PackConv = 40,
     RowGroups = 68,
     LayerNorm = 64,
     Modulate = 144,

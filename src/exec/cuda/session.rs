@@ -3,7 +3,8 @@
 mod placing;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -67,6 +68,7 @@ pub(super) struct CudaSession {
     cublaslt: Option<CublasLt>,
     fenced: bool,
     residency: Residency,
+    first_run: Arc<OnceLock<Instant>>,
     traffic: Traffic,
     weights: DeviceWeights,
     graphs: Vec<Option<Planned>>,
@@ -89,6 +91,7 @@ impl CudaSession {
         Ok(CudaSession {
             traffic: Traffic::new(&backend.context, uploader, backend.link)?,
             residency,
+            first_run: backend.first_run.clone(),
             stream: Stream::new(&backend.context)?,
             uploader: backend.uploader.clone(),
             context: backend.context.clone(),
@@ -179,6 +182,7 @@ impl CudaSession {
         if let Some(planned) = self.graphs[graph.0].as_mut() {
             planned.ran = true;
         }
+        self.first_run.get_or_init(Instant::now);
         Ok(())
     }
 
@@ -256,7 +260,7 @@ impl Session for CudaSession {
         let tables =
             Tables::new(&graph, &self.kernels, &self.weights, &self.context, &self.stream)?;
         let scratch = ops::scratch_bytes(&graph, &self.kernels, self.cublaslt.is_some());
-        self.reserve(plan.arena_bytes(), scratch)?;
+        self.reserve(plan.arena_bytes().max(self.residency.arena()), scratch)?;
         let (steps, made_for) = (Vec::new(), self.bases());
         let (ran, recorded) = (false, None);
         let mut planned =

@@ -46,8 +46,8 @@ struct Item {
 enum Cargo {
     /// Names of the matrices.
     Weights(Vec<String>),
-    /// Whether the node reads what was carried.
-    State { key: StateKey, read: bool },
+    /// Whether the node reads what was carried, and whether it writes what will be.
+    State { key: StateKey, read: bool, written: bool },
 }
 
 /// The traffic of one graph.
@@ -73,6 +73,7 @@ impl Schedule {
                 StagedWhat::State(state) => Cargo::State {
                     key: (graph.tensor(state).name.clone(), staged.bytes as usize),
                     read: graph.continues(staged.node),
+                    written: graph.moves_on(staged.node),
                 },
             };
             Ok(Item { staged: staged.clone(), cargo, arrived: Event::new(context)? })
@@ -136,7 +137,8 @@ impl Traffic {
         compute: &Stream,
     ) -> Result<()> {
         for item in &schedule.items {
-            if let (Cargo::State { key, .. }, true) = (&item.cargo, item.staged.nodes.end == node) {
+            let ends = item.staged.nodes.end == node;
+            if let (Cargo::State { key, written: true, .. }, true) = (&item.cargo, ends) {
                 compute.wait(&self.states[key].stored)?;
             }
         }
@@ -164,7 +166,7 @@ impl Traffic {
         compute: &Stream,
     ) -> Result<()> {
         for item in schedule.items.iter().filter(|item| item.staged.node == node) {
-            let Cargo::State { key, .. } = &item.cargo else { continue };
+            let Cargo::State { key, written: true, .. } = &item.cargo else { continue };
             self.ready.record(compute)?;
             self.outward.stream.wait(&self.ready)?;
             let Some(state) = self.states.get_mut(key) else { continue };
@@ -194,7 +196,7 @@ impl Traffic {
                 }
             }
             Cargo::State { read: false, .. } => {}
-            Cargo::State { key, read: true } => {
+            Cargo::State { key, read: true, .. } => {
                 let state = &self.states[key];
                 uploader.lane().stream.wait(&state.stored)?;
                 // SAFETY: the place has the state's size, and the memory on the host is

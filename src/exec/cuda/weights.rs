@@ -12,7 +12,7 @@ use super::kernels::Kernels;
 use super::params::PackConv;
 use super::upload::Uploader;
 use crate::Result;
-use crate::graph::{Epilogue, Graph, Node, Op, Plan, Residency, WeightId};
+use crate::graph::{ConvSpec, Epilogue, Graph, Node, Op, Plan, Residency, WeightId};
 use crate::tensor::{DType, WeightSource, WeightView};
 
 /// The form in which a kernel reads weights.
@@ -23,7 +23,26 @@ pub(super) enum Form {
     /// As in the file, in f32.
     F32,
     /// A convolution's: `[out][tap][in]` in bf16, input channels padded to a multiple of 8.
-    Packed,
+    Packed(Rows),
+    /// As in the file, in bf16, some of the values.
+    Bf16Of(Rows),
+}
+
+/// Every `every`th row from `first` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Rows {
+    first: usize,
+    every: usize,
+}
+
+impl Rows {
+    /// Those of the output channels that a convolution computes.
+    fn of(spec: &ConvSpec) -> Rows {
+        match spec.half() {
+            None => Rows { first: 0, every: 1 },
+            Some(first) => Rows { first, every: 2 },
+        }
+    }
 }
 
 /// Weights that lie one after another in one form.
@@ -63,10 +82,7 @@ pub(super) fn keys_of(graph: &Graph, node: &Node) -> Vec<Key> {
         }
         Op::RmsNorm { weight, .. } | Op::HeadNormRope { weight, .. } => vectors(&[*weight]),
         Op::AddPositionTable { table, .. } => vec![Key::new(graph, &[*table], Form::F32)],
-        Op::Conv3d(spec) => vec![
-            Key::new(graph, &[spec.weight], Form::Packed),
-            Key::new(graph, &[spec.bias], Form::Bf16),
-        ],
+        Op::Conv3d(spec) => vec![conv_key(graph, spec), conv_bias_key(graph, spec)],
         // The relative bias is expanded on the host into a table of the graph.
         Op::Attention(_)
         | Op::LayerNormModulate { .. }
@@ -91,6 +107,17 @@ pub(super) fn linear_key(graph: &Graph, parts: &[(WeightId, Option<WeightId>)]) 
 pub(super) fn bias_key(graph: &Graph, parts: &[(WeightId, Option<WeightId>)]) -> Option<Key> {
     let biases: Option<Vec<WeightId>> = parts.iter().map(|(_, b)| *b).collect();
     biases.map(|b| Key::new(graph, &b, Form::Bf16))
+}
+
+/// The weight of a convolution.
+pub(super) fn conv_key(graph: &Graph, spec: &ConvSpec) -> Key {
+    Key::new(graph, &[spec.weight], Form::Packed(Rows::of(spec)))
+}
+
+/// The bias of a convolution.
+pub(super) fn conv_bias_key(graph: &Graph, spec: &ConvSpec) -> Key {
+    let form = spec.half().map_or(Form::Bf16, |_| Form::Bf16Of(Rows::of(spec)));
+    Key::new(graph, &[spec.bias], form)
 }
 
 /// Whether a node's epilogue reads the modulation table.
@@ -149,8 +176,8 @@ impl DeviceWeights {
                 continue;
             }
             let bytes = self.bytes_of(&key)?;
-            if key.form == Form::Packed {
-                staging = staging.max(bytes);
+            if let Form::Packed(rows) = key.form {
+                staging = staging.max(bytes * rows.every as u64);
             }
             seen.insert(key.clone(), ());
             wanted.push((key, offset));
@@ -177,7 +204,10 @@ impl DeviceWeights {
         for name in &key.names {
             let view = self.source.weight(name)?;
             elements += match key.form {
-                Form::Packed => view.len() / view.shape[1] * padded_channels(view.shape[1]),
+                Form::Packed(rows) => {
+                    view.len() / view.shape[1] * padded_channels(view.shape[1]) / rows.every
+                }
+                Form::Bf16Of(rows) => view.len() / rows.every,
                 Form::Bf16 | Form::F32 => view.len(),
             };
         }
@@ -198,10 +228,17 @@ impl DeviceWeights {
             match key.form {
                 Form::Bf16 => to += uploader.upload(&view, DType::Bf16, to)?,
                 Form::F32 => to += uploader.upload(&view, DType::F32, to)?,
-                Form::Packed => {
+                Form::Bf16Of(rows) => {
+                    let values = view.to_f32().into_iter().skip(rows.first).step_by(rows.every);
+                    let bytes: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+                    let shape = [view.len() / rows.every];
+                    let some = WeightView { dtype: DType::F32, shape: &shape, bytes: &bytes };
+                    to += uploader.upload(&some, DType::Bf16, to)?;
+                }
+                Form::Packed(rows) => {
                     uploader.upload(&view, DType::Bf16, staging.address())?;
                     let taps: usize = view.shape[2..].iter().product();
-                    let [cout, cin] = [view.shape[0], view.shape[1]];
+                    let [cout, cin] = [view.shape[0] / rows.every, view.shape[1]];
                     let parameters = PackConv {
                         weight: staging.address(),
                         out: to,
@@ -209,6 +246,8 @@ impl DeviceWeights {
                         cin: cin as i32,
                         taps: taps as i32,
                         cin_padded: padded_channels(cin) as i32,
+                        first: rows.first as i32,
+                        every: rows.every as i32,
                     };
                     let elements = cout * taps * padded_channels(cin);
                     uploader.launch(kernels.pack_conv(elements, &parameters)?)?;

@@ -6,7 +6,7 @@ use crate::Result;
 use crate::exec::cuda::kernels::blocks;
 use crate::exec::cuda::session::Place;
 use crate::exec::cuda::step::Work;
-use crate::exec::cuda::weights::{Form, Key, padded_channels};
+use crate::exec::cuda::weights::{conv_bias_key, conv_key, padded_channels};
 use crate::exec::cuda::{params, tensor_map};
 use crate::graph::{ConvSpec, Shuffle};
 use crate::tensor::DType;
@@ -16,7 +16,8 @@ pub(super) fn conv3d(p: &mut Prepare<'_>, spec: &ConvSpec) -> Result<()> {
     let residual = if spec.residual { p.input(1, DType::Bf16)?.address } else { 0 };
     let state = p.node.state.map(|s| (p.place)(s)).transpose()?;
     let &[frames, height, width, channels] = p.input_shape(0) else { unreachable!("4-D by shape") };
-    let cout = p.graph.weights()[spec.weight.index()].shape[0];
+    let rows = p.graph.weights()[spec.weight.index()].shape[0];
+    let cout = if spec.half().is_some() { rows / 2 } else { rows };
     let front = spec.front_frames();
     let [kt, _, _] = spec.kernel;
     let [st, sh, sw] = spec.stride;
@@ -28,8 +29,8 @@ pub(super) fn conv3d(p: &mut Prepare<'_>, spec: &ConvSpec) -> Result<()> {
     let parameters = params::Conv {
         x: x.address,
         carried,
-        weight: p.weight(&Key::new(p.graph, &[spec.weight], Form::Packed))?,
-        bias: p.weight(&Key::new(p.graph, &[spec.bias], Form::Bf16))?,
+        weight: p.weight(&conv_key(p.graph, spec))?,
+        bias: p.weight(&conv_bias_key(p.graph, spec))?,
         residual,
         out: out.address,
         input: [int(frames)?, int(height)?, int(width)?, int(channels)?],
@@ -38,7 +39,8 @@ pub(super) fn conv3d(p: &mut Prepare<'_>, spec: &ConvSpec) -> Result<()> {
         stride: ints(spec.stride)?,
         front: int(front)?,
         shuffle: match spec.shuffle {
-            Shuffle::None => 0,
+            // Of the weights there is no more than this half.
+            Shuffle::None | Shuffle::OneOfTime { .. } => 0,
             Shuffle::Space => 1,
             Shuffle::Time { drop_first: false } => 2,
             Shuffle::Time { drop_first: true } => 3,
@@ -47,7 +49,7 @@ pub(super) fn conv3d(p: &mut Prepare<'_>, spec: &ConvSpec) -> Result<()> {
         box_width: 0,
     };
     select(p, &parameters)?;
-    if let Some(state) = state {
+    if let Some(state) = state.filter(|_| spec.moves_on) {
         carry(p, x, state, frames, front, spec);
     }
     Ok(())
