@@ -56,6 +56,6 @@ pub fn gpu() -> Result<Gpu, String> {
         name: cuda.info().name.clone(),
         driver: report.driver.and_then(|d| d.version).unwrap_or_default(),
         variants,
-        copy_rate: Box::new(move || cuda.copy_rate()),
+        copy_rate: Box::new(move || cuda.measure_copies()),
     })
 }

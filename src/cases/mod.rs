@@ -28,7 +28,7 @@ pub use device::{Gpu, Variant, gpu};
 pub use run::{Data, Input, Output, Running};
 
 use crate::Result;
-use crate::graph::{Graph, Node, Op, Role, TensorId};
+use crate::graph::{Graph, Node, Role, TensorId};
 use crate::tensor::{DType, WeightSource};
 use data::CaseWeights;
 
@@ -241,55 +241,9 @@ impl Case {
     pub fn work(&self, dtype: DType) -> Result<(u64, u64)> {
         let graphs = self.record(dtype)?;
         let flops = graphs.iter().map(Graph::flops).sum();
-        let bytes = graphs.iter().flat_map(|g| g.nodes().iter().map(|n| bytes(g, n))).sum();
+        let bytes = graphs.iter().flat_map(|g| g.nodes().iter().map(|n| n.op.bytes(g, n))).sum();
         Ok((flops, bytes))
     }
-}
-
-/// Bytes that a node must read and write.
-fn bytes(graph: &Graph, node: &Node) -> u64 {
-    let size = |id: TensorId| {
-        let t = graph.tensor(id);
-        (t.len() * t.dtype.bytes()) as u64
-    };
-    let written = size(node.output) * if node.op.updates_output() { 2 } else { 1 };
-    let read: u64 = match &node.op {
-        // The tensor is listed as input and as output.
-        Op::AddPositionTable { .. } => 0,
-        _ => node.inputs.iter().map(|&id| size(id)).sum(),
-    };
-    let elements = |id: crate::graph::WeightId| -> usize {
-        graph.weights()[id.index()].shape.iter().product()
-    };
-    let weights = match &node.op {
-        Op::Linear { parts, .. } => {
-            parts.iter().map(|(w, b)| elements(*w) + b.map_or(0, elements)).sum()
-        }
-        // The rows that are looked up.
-        Op::Embedding { positions, .. } => {
-            graph.tensor(node.output).len() * (1 + usize::from(positions.is_some()))
-        }
-        Op::AddPositionTable { stage, .. } => {
-            stage[0] * stage[1] * graph.tensor(node.output).cols()
-        }
-        Op::Conv3d(spec) => elements(spec.weight) + elements(spec.bias),
-        Op::LayerNorm { weight, bias, .. } | Op::GroupNorm { weight, bias, .. } => {
-            elements(*weight) + elements(*bias)
-        }
-        Op::RmsNorm { weight, .. } | Op::HeadNormRope { weight, .. } => elements(*weight),
-        Op::Attention(spec) => spec.relative_bias.map_or(0, |b| elements(b.table)),
-        Op::LayerNormModulate { .. }
-        | Op::Activate(_)
-        | Op::GatedGelu
-        | Op::TimestepEmbedding
-        | Op::Patchify { .. }
-        | Op::Unpatchify
-        | Op::GuidedEuler
-        | Op::NormalNoise { .. }
-        | Op::HalveBilinear { .. }
-        | Op::DoubleRenoise { .. } => 0,
-    };
-    written + read + 2 * weights as u64
 }
 
 #[cfg(test)]
@@ -297,7 +251,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::graph::{Activation, Epilogue, Shuffle};
+    use crate::graph::{Activation, Epilogue, Op, Shuffle};
 
     const SCALES: [Scale; 3] = [Scale::Small, Scale::Test, Scale::Bench];
 

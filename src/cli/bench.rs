@@ -6,7 +6,8 @@ use pyraflow::checkpoint::{Checkpoint, StoreOptions};
 use pyraflow::exec::cuda::probe;
 use pyraflow::exec::{Backend, Cpu, anonymous_memory};
 use pyraflow::pipeline::{
-    Measured, Networks, PhaseTime, Quiet, Request, Weights, WeightsOf, measure, random_weights,
+    Ceilings, Measured, Networks, PhaseTime, Quiet, Request, Weights, WeightsOf, measure,
+    random_weights,
 };
 use pyraflow::{Error, Result};
 use serde_json::{Value, json};
@@ -77,11 +78,12 @@ pub fn run(args: &Args) -> Result<()> {
     super::say(&phase_line("phase", "seconds", "loading", "TFLOP/s", "memory GiB"));
     let done = |phase: &PhaseTime| super::say(&line_of(phase));
     let weights = weights(args, &networks)?;
-    let measured = measure(&networks, &weights, &request, &*backend, done)?;
+    let ceilings = Ceilings::measure(&*backend)?;
+    let measured = measure(&networks, &weights, &request, &*backend, ceilings, done)?;
     super::print(&table(&measured))?;
     let mut memory = vec![clip_memory(&*backend)];
     for _ in 1..args.clips {
-        let again = measure(&networks, &weights, &request, &*backend, |_| ())?;
+        let again = measure(&networks, &weights, &request, &*backend, ceilings, |_| ())?;
         if again.digest != measured.digest {
             return Err(Error::numeric("the same clip came out otherwise the second time"));
         }
@@ -159,6 +161,10 @@ fn line_of(phase: &PhaseTime) -> String {
 /// What the ops take, graph by graph.
 fn table(measured: &Measured) -> String {
     let mut text = String::new();
+    if let Some(Ceilings { flops, bytes }) = measured.ceilings {
+        let (flops, bytes) = (flops / 1e12, bytes / 1e9);
+        text += &format!("\nfloors: a large product {flops:.0} TFLOP/s, a copy {bytes:.0} GB/s\n");
+    }
     let mut graph = "";
     for op in &measured.ops {
         if op.graph != graph {
@@ -171,7 +177,16 @@ fn table(measured: &Measured) -> String {
             0 => String::new(),
             flops => format!("{:.0} TFLOP/s", flops as f64 / op.seconds / 1e12),
         };
-        text += &format!("  {:<22}{:>5}{:>10.3} ms  {rate}\n", op.op, op.nodes, op.seconds * 1e3);
+        let bytes = format!("{:.0} GB/s", op.bytes as f64 / op.seconds / 1e9);
+        let share =
+            op.floor.map(|floor| format!("{:.0}% of its floor", 100.0 * floor / op.seconds));
+        text += &format!(
+            "  {:<22}{:>5}{:>10.3} ms {rate:>13}{bytes:>12}  {}\n",
+            op.op,
+            op.nodes,
+            op.seconds * 1e3,
+            share.unwrap_or_default()
+        );
     }
     text
 }

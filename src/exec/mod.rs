@@ -40,6 +40,15 @@ pub trait Backend: Send + Sync {
     /// in the mapped files).
     fn copies_weights(&self) -> bool;
 
+    /// Bytes per second of a large copy within the device's own memory, those read and those
+    /// written both counted; `None` where that is not told.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Memory`] when there is no room to measure it.
+    fn copy_rate(&self) -> Result<Option<f64>> {
+        Ok(None)
+    }
+
     /// When the first graph was given to a device that works beside the program.
     fn first_run(&self) -> Option<Instant> {
         None

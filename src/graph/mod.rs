@@ -10,6 +10,7 @@
 //! packed buffer hold text and image tokens, or queries, keys and values, without copies.
 
 mod builder;
+mod cost;
 mod op;
 mod plan;
 mod residency;

@@ -1,12 +1,13 @@
 //! The operations a graph may hold, one definition each: meaning, what is read and written,
-//! arithmetic cost and whether the output may take the place of an input.
+//! and whether the output may take the place of an input.
 //!
-//! Shapes are inferred and checked in `shape.rs`, the CPU meaning is in `exec/cpu`.
+//! Shapes are inferred and checked in `shape.rs`, what an op costs is in `cost.rs`, the CPU
+//! meaning is in `exec/cpu`.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Graph, Node, WeightId};
+use super::WeightId;
 
 /// A pointwise non-linearity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -363,32 +364,6 @@ impl Op {
                 | Op::Activate(_)
                 | Op::GroupNorm { .. }
         )
-    }
-
-    /// Floating-point operations of the matrix products (a multiply-add counts as two);
-    /// element-wise work is bound by memory and counts as zero.
-    pub fn flops(&self, graph: &Graph, node: &Node) -> u64 {
-        let output = graph.tensor(node.output);
-        match self {
-            Op::Linear { .. } => {
-                let x = graph.tensor(node.inputs[0]);
-                2 * x.rows() as u64 * x.cols() as u64 * output.cols() as u64
-            }
-            Op::Attention(spec) => {
-                let pairs: u64 = spec.segments.iter().map(Segment::pairs).sum();
-                4 * pairs * output.cols() as u64
-            }
-            Op::Conv3d(conv) => {
-                let weight = &graph.weights()[conv.weight.index()].shape;
-                // Of one frame of the kernel.
-                let [out, channels, _, height, width] = weight[..] else { return 0 };
-                let out = if conv.half().is_some() { out / 2 } else { out };
-                let products = (out * channels * height * width) as u64;
-                let x = graph.tensor(node.inputs[0]);
-                2 * products * super::shape::conv_frame_positions(conv, &x.shape) as u64
-            }
-            _ => 0,
-        }
     }
 }
 

@@ -18,7 +18,7 @@ use super::{Networks, Request, transformer};
 use crate::Result;
 use crate::checkpoint::Component;
 use crate::exec::{Backend, Session, anonymous_memory};
-use crate::graph::Graph;
+use crate::graph::{Epilogue, Graph, Node, Op};
 use crate::models::dit::StepOutput;
 use crate::models::vae::{Window, record_decoder};
 use crate::models::{ExpectedWeight, clip, t5, vae};
@@ -62,6 +62,51 @@ pub struct OpTime {
     pub seconds: f64,
     /// Their operations in matrix products.
     pub flops: u64,
+    /// Bytes that they must read and write.
+    pub bytes: u64,
+    /// Seconds that each of them would take at least by the [`Ceilings`], together.
+    pub floor: Option<f64>,
+}
+
+/// How fast the device is at what it does best.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Ceilings {
+    /// Floating-point operations per second of a large matrix product.
+    pub flops: f64,
+    /// Bytes per second of a large copy, read and written ones counted.
+    pub bytes: f64,
+}
+
+impl Ceilings {
+    /// Rows, columns and inner dimension of the product.
+    const EXTENT: usize = 8192;
+    const REPEATS: usize = 9;
+
+    /// Measures them, on devices with memory of their own.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn measure(backend: &dyn Backend) -> Result<Option<Ceilings>> {
+        let Some(bytes) = backend.copy_rate()? else { return Ok(None) };
+        let n = Self::EXTENT;
+        let mut graph = Graph::new();
+        let x = graph.input("x", &[n, n], backend.activations());
+        let parts = vec![(graph.weight("w", &[n, n]), None)];
+        let y = graph.push(Op::Linear { parts, epilogue: Epilogue::Store }, &[x])?;
+        graph.mark_output("y", y);
+        let flops = graph.flops() as f64;
+        let mut session = backend.open(RandomWeights::of(vec![("w".into(), vec![n, n])]))?;
+        let graph = session.add(graph)?;
+        let values: Vec<f32> = random_values(1).take(n * n).collect();
+        session.write(graph, x, &values)?;
+        let mut seconds = session.time(graph, Self::REPEATS)?;
+        seconds.sort_by(f64::total_cmp);
+        Ok(Some(Ceilings { flops: flops / seconds[Self::REPEATS / 2], bytes }))
+    }
+
+    fn floor(&self, flops: u64, bytes: u64) -> f64 {
+        (flops as f64 / self.flops).max(bytes as f64 / self.bytes)
+    }
 }
 
 /// A measured run.
@@ -71,6 +116,8 @@ pub struct Measured {
     pub phases: Vec<PhaseTime>,
     /// What the ops take in the graphs of the last unit.
     pub ops: Vec<OpTime>,
+    /// What they are held to.
+    pub ceilings: Option<Ceilings>,
     /// A hash of all latents and of the first frames: the same where the results are.
     pub digest: String,
 }
@@ -79,7 +126,7 @@ pub struct Measured {
 pub type WeightsOf<'a> = dyn Fn(Component) -> Result<Arc<dyn WeightSource>> + 'a;
 
 /// Generates what `request` asks for and throws the frames away, with prompts of usual length
-/// that are made up.
+/// that are made up. Ops are held to `ceilings`.
 ///
 /// # Errors
 /// Those of [`Request::resolve`], of the weights and of the backend.
@@ -88,11 +135,13 @@ pub fn measure(
     weights: &WeightsOf<'_>,
     request: &Request,
     backend: &dyn Backend,
+    ceilings: Option<Ceilings>,
     mut phase_done: impl FnMut(&PhaseTime),
 ) -> Result<Measured> {
     let free = backend.free_memory();
     let used = || Some(free?.saturating_sub(backend.free_memory()?));
-    let mut measured = Measured { phases: Vec::new(), ops: Vec::new(), digest: String::new() };
+    let (phases, ops, digest) = (Vec::new(), Vec::new(), String::new());
+    let mut measured = Measured { phases, ops, ceilings, digest };
     let mut add = |measured: &mut Measured, phase: PhaseTime| {
         phase_done(&phase);
         measured.phases.push(phase);
@@ -131,7 +180,8 @@ pub fn measure(
             flops += graph.flops() * at.timesteps.len() as u64;
             if unit + 1 == settings.units {
                 let name = format!("stage {} of the last unit", stage + 1);
-                measured.ops.extend(profile(&mut *session, name, graph)?);
+                let ops = profile(&mut *session, name, graph, measured.ceilings)?;
+                measured.ops.extend(ops);
             }
         }
     }
@@ -202,7 +252,8 @@ fn decode(
     let flops = first.flops() + next.flops() * (latents.len() as u64 - 1);
     let clock = Instant::now();
     let mut session = backend.open_with(weights.clone(), &fit.residency)?;
-    measured.ops.extend(profile(&mut *session, "decoding one latent".into(), next)?);
+    let name = "decoding one latent".to_string();
+    measured.ops.extend(profile(&mut *session, name, next, measured.ceilings)?);
     drop(session);
 
     let mut decoder = Vae::new(backend, &networks.vae, weights);
@@ -228,24 +279,35 @@ fn decode(
 }
 
 /// The seconds of each kind of op in `graph`, longest first.
-fn profile(session: &mut dyn Session, name: String, graph: Graph) -> Result<Vec<OpTime>> {
-    let nodes: Vec<_> =
-        graph.nodes().iter().map(|n| (n.op.name(), n.op.flops(&graph, n))).collect();
+fn profile(
+    session: &mut dyn Session,
+    name: String,
+    graph: Graph,
+    ceilings: Option<Ceilings>,
+) -> Result<Vec<OpTime>> {
+    let work = |n: &Node| (n.op.name(), n.op.flops(&graph, n), n.op.bytes(&graph, n));
+    let nodes: Vec<_> = graph.nodes().iter().map(work).collect();
     let id = session.add(graph)?;
     let seconds = session.profile(id)?;
     session.remove(id);
     let mut ops: BTreeMap<&'static str, OpTime> = BTreeMap::new();
-    for ((op, flops), seconds) in nodes.into_iter().zip(seconds) {
+    for ((op, flops, bytes), seconds) in nodes.into_iter().zip(seconds) {
         let entry = ops.entry(op).or_insert_with(|| OpTime {
             graph: name.clone(),
             op,
             nodes: 0,
             seconds: 0.0,
             flops: 0,
+            bytes: 0,
+            floor: ceilings.map(|_| 0.0),
         });
         entry.nodes += 1;
         entry.seconds += seconds;
         entry.flops += flops;
+        entry.bytes += bytes;
+        if let (Some(floor), Some(ceilings)) = (&mut entry.floor, ceilings) {
+            *floor += ceilings.floor(flops, bytes);
+        }
     }
     let mut ops: Vec<_> = ops.into_values().collect();
     ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));

@@ -45,7 +45,7 @@ use std::time::Instant;
 
 pub use generate::{Output, Timings};
 pub use latents::{LatentsFile, read_latents, write_latents};
-pub use measure::{Measured, OpTime, PhaseTime, WeightsOf, measure, random_weights};
+pub use measure::{Ceilings, Measured, OpTime, PhaseTime, WeightsOf, measure, random_weights};
 pub use networks::Networks;
 pub use plan::{PhasePlan, plan};
 pub use predict::{Machine, Predicted};

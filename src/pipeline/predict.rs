@@ -10,7 +10,6 @@ use std::ops::{AddAssign, Mul};
 use serde::Serialize;
 
 use crate::graph::{Graph, Node, Plan, StagedWhat};
-use crate::tensor::DType;
 
 /// What a machine can do.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -87,16 +86,7 @@ pub(super) fn predict(graph: &Graph, plan: &Plan, machine: &Machine) -> Predicte
 }
 
 fn seconds_of(graph: &Graph, node: &Node, machine: &Machine) -> f64 {
-    let bytes = |id: &crate::graph::TensorId| {
-        let tensor = graph.tensor(*id);
-        tensor.len() * tensor.dtype.bytes()
-    };
-    let tensors: usize = node.inputs.iter().chain([&node.output]).map(bytes).sum();
-    let weights: usize = crate::graph::matrices(node)
-        .iter()
-        .map(|w| graph.weights()[w.index()].shape.iter().product::<usize>() * DType::Bf16.bytes())
-        .sum();
-    let traffic = (tensors + weights) as f64 / machine.memory;
+    let traffic = node.op.bytes(graph, node) as f64 / machine.memory;
     let arithmetic = node.op.flops(graph, node) as f64 / machine.flops;
     traffic.max(arithmetic) + LAUNCH
 }

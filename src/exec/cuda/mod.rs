@@ -129,7 +129,7 @@ impl Cuda {
     ///
     /// # Errors
     /// [`crate::ErrorKind::Memory`] when 1 GiB cannot be had.
-    pub fn copy_rate(&self) -> Result<f64> {
+    pub fn measure_copies(&self) -> Result<f64> {
         const BYTES: usize = 512 << 20;
         const REPEATS: usize = 8;
         let [from, to] = ["copying", "copying"].map(|w| DeviceMemory::new(&self.context, BYTES, w));
@@ -177,6 +177,10 @@ impl Backend for Cuda {
 
     fn copies_weights(&self) -> bool {
         true
+    }
+
+    fn copy_rate(&self) -> Result<Option<f64>> {
+        self.measure_copies().map(Some)
     }
 
     fn first_run(&self) -> Option<Instant> {
