@@ -73,6 +73,11 @@ impl Residency {
         self.none || self.streamed.contains(name)
     }
 
+    /// How many matrices are streamed besides those of `others`.
+    pub fn streamed_beyond(&self, others: &HashSet<String>) -> usize {
+        self.streamed.difference(others).count()
+    }
+
     /// Whether the state called `name` is kept on the host.
     pub fn hosts(&self, name: &str) -> bool {
         self.none || self.hosted.contains(name)
