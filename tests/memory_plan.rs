@@ -4,14 +4,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use pyraflow::checkpoint::Family;
-use pyraflow::exec::{Backend, Cpu};
+use pyraflow::checkpoint::{Family, Variant};
+use pyraflow::exec::{Backend, CONTEXT_BYTES, Cpu, ImaginedGpu};
 use pyraflow::graph::{
     Activation, Ahead, Epilogue, Graph, Op, Plan, Residency, Staged, StagedWhat, TensorId, matrices,
 };
 use pyraflow::models::dit::{Clip, Geometry, StepOutput};
 use pyraflow::models::vae::{Window, record_decoder};
-use pyraflow::pipeline::{Networks, record_step};
+use pyraflow::pipeline::{Networks, Request, plan, record_step};
 use pyraflow::tensor::{DType, WeightSource, WeightView};
 use pyraflow::{Error, Result};
 
@@ -259,5 +259,30 @@ fn plans_of_the_real_models() {
             assert!(share < 1.0 / 3.0, "{family}: the peak is {share} of the sum");
             assert!(floor > 0.9, "{family}: more than a tenth of the arena is fragmentation");
         }
+    }
+}
+
+#[test]
+fn published_videos_fit_the_limits_that_are_documented() {
+    const GIB: u64 = 1 << 30;
+    for family in [Family::Sd3, Family::Miniflux] {
+        let networks = Networks::published(family);
+        let request = Request::published(family, Variant::P768, "a clip", None);
+        let phases = |limit: u64| {
+            let gpu = ImaginedGpu { memory: limit - CONTEXT_BYTES };
+            plan(&networks, &request, &gpu, None).expect("a plan")
+        };
+        // What decoding keeps on the host, at most.
+        for (gib, pinned) in [(12, 0.1), (8, 3.5), (6, 6.1), (4, 8.4)] {
+            let limit = gib * GIB;
+            for phase in phases(limit) {
+                let needs = phase.device_bytes + CONTEXT_BYTES;
+                assert!(needs <= limit, "{family}, {}: {needs} bytes in {gib} GiB", phase.name);
+                let host = phase.pinned_bytes as f64 / GIB as f64;
+                assert!(host <= pinned, "{family}, {}, {gib} GiB: {host} GiB pinned", phase.name);
+            }
+        }
+        let smallest = phases(CONTEXT_BYTES).iter().map(|p| p.device_bytes).max().unwrap_or(0);
+        assert!(smallest + CONTEXT_BYTES <= 4 * GIB, "{family}: {smallest} bytes at least");
     }
 }
