@@ -22,7 +22,7 @@ use crate::graph::{Epilogue, Graph, Node, Op};
 use crate::models::dit::StepOutput;
 use crate::models::vae::{Window, record_decoder};
 use crate::models::{ExpectedWeight, clip, t5, vae};
-use crate::sampler::{PhiloxNoise, STAGES, Silent, sample};
+use crate::sampler::{Latent, Observer, PhiloxNoise, STAGES, sample};
 use crate::tensor::{DType, WeightSource, WeightView};
 use crate::text::{CLIP_LENGTH, T5_LENGTH};
 
@@ -43,6 +43,8 @@ pub struct PhaseTime {
     pub flops: u64,
     /// Memory of the device in use at the end of the phase, in bytes, if it can be told.
     pub memory: Option<u64>,
+    /// The same after each unit of the phase: a latent that was sampled, or its frames.
+    pub memory_of_units: Vec<u64>,
     /// Memory of the host that no file stands behind, in bytes, at that time.
     pub host_memory: Option<u64>,
     /// Page-locked memory of the host among it, or beside it, in bytes.
@@ -165,7 +167,9 @@ pub fn measure(
     let loading = clock.elapsed().as_secs_f64();
     let clock = Instant::now();
     let mut noise = PhiloxNoise { seed: request.seed };
-    let latents = sample(&settings, Vec::new(), &mut denoiser, &mut noise, &mut Silent)?;
+    let mut units = UsedAfterUnits { used: &used, bytes: Vec::new() };
+    let latents = sample(&settings, Vec::new(), &mut denoiser, &mut noise, &mut units)?;
+    let memory_of_units = units.bytes;
     let seconds = clock.elapsed().as_secs_f64();
     let (memory, host_memory) = (used(), anonymous_memory());
     drop(denoiser);
@@ -186,10 +190,32 @@ pub fn measure(
         }
     }
     drop(session);
-    let (name, pinned) = ("sampling", fit.pinned_bytes);
-    add(&mut measured, PhaseTime { name, seconds, loading, flops, memory, host_memory, pinned });
+    let phase = PhaseTime {
+        name: "sampling",
+        seconds,
+        loading,
+        flops,
+        memory,
+        memory_of_units,
+        host_memory,
+        pinned: fit.pinned_bytes,
+    };
+    add(&mut measured, phase);
     decode(networks, weights, backend, &latents, &used, &mut measured, add)?;
     Ok(measured)
+}
+
+/// Notes what is in use whenever a unit is done.
+struct UsedAfterUnits<'a> {
+    used: &'a dyn Fn() -> Option<u64>,
+    bytes: Vec<u64>,
+}
+
+impl Observer for UsedAfterUnits<'_> {
+    fn unit_finished(&mut self, _unit: usize, _latent: &Latent) -> Result<()> {
+        self.bytes.extend((self.used)());
+        Ok(())
+    }
 }
 
 fn text(
@@ -229,7 +255,7 @@ fn decode(
     networks: &Networks,
     weights: &WeightsOf<'_>,
     backend: &dyn Backend,
-    latents: &[crate::sampler::Latent],
+    latents: &[Latent],
     used: &dyn Fn() -> Option<u64>,
     measured: &mut Measured,
     mut add: impl FnMut(&mut Measured, PhaseTime),
@@ -269,11 +295,27 @@ fn decode(
     measured.digest = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     let loading = clock.elapsed().as_secs_f64();
     let clock = Instant::now();
-    decoder.decode(latents, None, |_| Ok(()))?;
+    let mut units = UsedAfterUnits { used, bytes: Vec::new() };
+    let mut frames = 0;
+    decoder.decode(latents, None, |_| {
+        // The first latent is one frame, the others are eight.
+        if frames % vae::FACTOR == 0 {
+            units.bytes.extend(used());
+        }
+        frames += 1;
+        Ok(())
+    })?;
     let seconds = clock.elapsed().as_secs_f64();
-    let (memory, host_memory, pinned) = (used(), anonymous_memory(), fit.pinned_bytes);
-    let name = "decoding";
-    let phase = PhaseTime { name, seconds, loading, flops, memory, host_memory, pinned };
+    let phase = PhaseTime {
+        name: "decoding",
+        seconds,
+        loading,
+        flops,
+        memory: used(),
+        memory_of_units: units.bytes,
+        host_memory: anonymous_memory(),
+        pinned: fit.pinned_bytes,
+    };
     add(measured, phase);
     Ok(())
 }
