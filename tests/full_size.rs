@@ -1,36 +1,39 @@
 //! Checkpoints of the published size against recordings of the published implementation:
-//! our results must be about as near to its f32 as its own bf16 is.
+//! our results must be about as near to its f32 as its own bf16 is. A whole run is held to that
+//! of the published pipeline in bf16, and to that of its calls in bf16 with latents and
+//! timesteps in f32 around them, as ours are.
 //!
 //! `PYRAFLOW_FULL_SIZE` names a folder that `tools/published_calls.py` wrote, or one that
 //! holds several of them; the checkpoints must still lie where they were. Options, after
 //! `cargo test --release --test full_size --`: `--json FILE` writes the results,
 //! `--only TEXT` runs the calls whose names contain it, `--backend cuda|own|generic|cpu|cpu-bf16`.
 
+#[path = "full_size/calls.rs"]
+mod calls;
 mod common;
+#[path = "full_size/runs.rs"]
+mod runs;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
-use common::golden::{Golden, channels_last, relative_error};
+use calls::Network;
+use common::golden::{Golden, relative_error};
+use common::runs::WHOLE_RUN;
 use pyraflow::Result;
-use pyraflow::checkpoint::{Checkpoint, Component, StoreOptions, TransformerConfig};
+use pyraflow::checkpoint::{Checkpoint, Component, StoreOptions};
 use pyraflow::exec::cuda::Gemm;
-use pyraflow::exec::{Backend, Cpu, Cuda, GraphId, Session};
-use pyraflow::graph::Graph;
-use pyraflow::models::dit::{Clip, Geometry, ModulationLayout, StepOutput};
-use pyraflow::models::vae::{Window, record_decoder, record_encoder};
-use pyraflow::models::{clip, flux, mmdit, t5};
-use pyraflow::tensor::DType;
+use pyraflow::exec::{Backend, Cpu, Cuda, Session};
+use pyraflow::tensor::{DType, WeightSource};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Our error may be this many times that of the published implementation in bf16.
 const RATIO: f64 = 1.25;
-/// Relative error allowed where activations are f32.
+/// Relative error allowed to single calls where activations are f32; whole runs have
+/// [`WHOLE_RUN`].
 const F32_ERROR: f64 = 1e-5;
-/// Runs that are timed.
-const REPEATS: usize = 10;
 
 /// What `published_calls.py` writes beside the tensors.
 #[derive(Deserialize)]
@@ -50,6 +53,10 @@ struct Call {
     bf16_error: f64,
     #[serde(default)]
     bf16_seconds: f64,
+    /// Those of the units of a whole run.
+    bf16_unit_errors: Option<Vec<f64>>,
+    /// That of a whole run with f32 around the calls, as ours are.
+    bf16_calls_error: Option<f64>,
 }
 
 #[derive(Default)]
@@ -89,177 +96,6 @@ fn backend(name: &str) -> Result<Box<dyn Backend>> {
     })
 }
 
-/// Median seconds of a graph that ran once before.
-fn time(session: &mut dyn Session, graph: GraphId) -> Result<f64> {
-    let mut times = session.time(graph, REPEATS)?;
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
-}
-
-/// An input of a graph.
-enum Input<'a> {
-    Values(&'a [f32]),
-    Ids(&'a [u32]),
-}
-
-/// One call on a backend: its tensors, and a session on the weights of its component.
-struct Network<'a> {
-    checkpoint: &'a Checkpoint,
-    session: &'a mut dyn Session,
-    dtype: DType,
-    golden: &'a Golden,
-}
-
-/// What a call gave, and the seconds it takes.
-type Outcome = (Vec<f32>, f64);
-
-impl Network<'_> {
-    /// Runs `graph` and forgets it.
-    fn run(&mut self, graph: Graph, inputs: &[(&str, Input)], output: &str) -> Result<Outcome> {
-        let graph = self.session.add(graph)?;
-        for (name, input) in inputs {
-            let id = self.session.find(graph, name)?;
-            match input {
-                Input::Values(values) => self.session.write(graph, id, values)?,
-                Input::Ids(ids) => self.session.write_ids(graph, id, ids)?,
-            }
-        }
-        self.session.run(graph)?;
-        let id = self.session.find(graph, output)?;
-        let found = self.session.read(graph, id)?;
-        let seconds = time(self.session, graph)?;
-        self.session.remove(graph);
-        Ok((found, seconds))
-    }
-
-    /// The call whose tensors are in `golden`: what it gives, and what it should give.
-    fn call(&mut self, component: Component) -> Result<(Outcome, Vec<f32>)> {
-        let found = match component {
-            Component::Transformer => self.step()?,
-            Component::Vae if self.golden.has("latents") => self.decode()?,
-            Component::Vae => self.encode()?,
-            Component::T5 => {
-                let (_, mask) = self.golden.tensor("mask");
-                let ids = &self.ids()[..mask.iter().filter(|m| **m != 0.0).count()];
-                let graph = t5::record(self.checkpoint.t5()?, &[ids.len()], self.dtype)?;
-                self.run(graph, &[("ids", Input::Ids(ids))], "embeds")?
-            }
-            Component::ClipL | Component::ClipG => {
-                let config = match component {
-                    Component::ClipL => self.checkpoint.clip_l()?,
-                    _ => self.checkpoint.clip_g()?,
-                };
-                let ids = self.ids();
-                let ids = &ids[..clip::pooled_length(&ids)];
-                let graph = clip::record(config, ids.len(), self.dtype)?;
-                self.run(graph, &[("ids", Input::Ids(ids))], "pooled")?
-            }
-        };
-        let (shape, expected) = self.golden.tensor("out");
-        let expected = if shape.len() == 5 { channels_last(&shape, &expected).1 } else { expected };
-        Ok((found, expected))
-    }
-
-    fn ids(&self) -> Vec<u32> {
-        self.golden.tensor("ids").1.iter().map(|&id| id as u32).collect()
-    }
-
-    /// The transformer's velocity. The adaptive norms' vectors, which a run computes once for
-    /// all its steps, are not timed.
-    fn step(&mut self) -> Result<Outcome> {
-        let clips = (0..).map(|i| format!("clip{i}")).take_while(|name| self.golden.has(name));
-        let clips: Vec<_> = clips
-            .map(|name| {
-                let (shape, values) = self.golden.tensor(&name);
-                let clip = Clip { frames: shape[2], height: shape[3], width: shape[4] };
-                (name, clip, channels_last(&shape, &values).1)
-            })
-            .collect();
-        let (current, history) = clips.split_last().expect("clips");
-        let (text_tokens, text) = self.text();
-        let geometry = Geometry {
-            text_tokens,
-            history: history.iter().map(|c| c.1).collect(),
-            current: current.1,
-            separate_latents: false,
-        };
-        let config = self.checkpoint.transformer();
-        let (layout, graph) = record_step(config, &geometry, self.dtype)?;
-        let (width, pooled_dim) = (config.width(), config.pooled_dim());
-        let rows = geometry.samples();
-        let table = layout.record(rows, 0..rows, width, pooled_dim, self.dtype)?;
-        let (_, timesteps) = self.golden.tensor("timestep");
-        let (_, pooled) = self.golden.tensor("pooled");
-        let inputs = [("timesteps", Input::Values(&timesteps)), ("pooled", Input::Values(&pooled))];
-        let (modulation, _) = self.run(table, &inputs, "modulation")?;
-
-        let mut inputs = vec![
-            ("text", Input::Values(&text)),
-            ("modulation", Input::Values(&modulation)),
-            ("current", Input::Values(&current.2)),
-        ];
-        inputs.extend(history.iter().map(|c| (c.0.as_str(), Input::Values(&c.2))));
-        self.run(graph, &inputs, "velocity")
-    }
-
-    /// Number of text tokens of each sample, and their embeddings without padding.
-    fn text(&self) -> (Vec<usize>, Vec<f32>) {
-        let (shape, mask) = self.golden.tensor("mask");
-        let (_, embeds) = self.golden.tensor("embeds");
-        let width = embeds.len() / mask.len();
-        let kept = |row: &&[f32]| row.iter().filter(|m| **m != 0.0).count();
-        let rows = mask.iter().zip(embeds.chunks_exact(width)).filter(|(m, _)| **m != 0.0);
-        (
-            mask.chunks_exact(shape[1]).map(|row| kept(&row)).collect(),
-            rows.flat_map(|(_, row)| row.iter().copied()).collect(),
-        )
-    }
-
-    /// Frames, as a run decodes them: one latent at a time. The seconds are those of all windows.
-    /// Timing a window spoils the frames it carries, which only a third one would notice.
-    fn decode(&mut self) -> Result<Outcome> {
-        let (shape, values) = self.golden.tensor("latents");
-        let ([frames, height, width, channels], values) = channels_last(&shape, &values);
-        let mut out = (Vec::new(), 0.0);
-        assert!(frames <= 2, "{frames} latents");
-        for (i, latent) in values.chunks_exact(height * width * channels).enumerate() {
-            let carries = frames > 1;
-            let window = Window { continues: i > 0, carries, ..Window::whole(1, height, width) };
-            let graph = record_decoder(self.checkpoint.vae()?, window, self.dtype)?;
-            let (video, seconds) =
-                self.run(graph, &[("latents", Input::Values(latent))], "video")?;
-            out.0.extend(video);
-            out.1 += seconds;
-        }
-        Ok(out)
-    }
-
-    fn encode(&mut self) -> Result<Outcome> {
-        let (shape, values) = self.golden.tensor("video");
-        let ([frames, height, width, _], values) = channels_last(&shape, &values);
-        let window = Window::whole(frames, height, width);
-        let graph = record_encoder(self.checkpoint.vae()?, window, self.dtype)?;
-        self.run(graph, &[("video", Input::Values(&values))], "moments")
-    }
-}
-
-fn record_step(
-    config: &TransformerConfig,
-    geometry: &Geometry,
-    dtype: DType,
-) -> Result<(ModulationLayout, Graph)> {
-    Ok(match config {
-        TransformerConfig::Mmdit(c) => (
-            mmdit::modulation_layout(c),
-            mmdit::record_step(c, geometry, StepOutput::Velocity, dtype)?,
-        ),
-        TransformerConfig::Flux(c) => (
-            flux::modulation_layout(c),
-            flux::record_step(c, geometry, StepOutput::Velocity, dtype)?,
-        ),
-    })
-}
-
 fn component(name: &str) -> Component {
     match name {
         "transformer" => Component::Transformer,
@@ -280,13 +116,69 @@ fn recordings(folder: &Path) -> Vec<PathBuf> {
     all
 }
 
+/// A component with its weights, and a session on them while single calls go on.
+struct Opened {
+    component: Component,
+    weights: Arc<dyn WeightSource>,
+    session: Option<Box<dyn Session>>,
+}
+
+/// What a backend made of a recorded call or run, and what it should be.
+struct Repeated {
+    found: Vec<f32>,
+    expected: Vec<f32>,
+    seconds: f64,
+    /// Of a whole run alone.
+    run: Option<Value>,
+    same_bits: bool,
+}
+
+/// A checkpoint on the backend under test, one component at a time.
+struct Subject<'a> {
+    checkpoint: Checkpoint,
+    backend: &'a dyn Backend,
+    store: StoreOptions,
+    opened: Option<Opened>,
+}
+
+impl Subject<'_> {
+    fn repeat(&mut self, component: Component, golden: &Golden) -> Result<Repeated> {
+        let Subject { checkpoint, backend, store, opened } = self;
+        let current = match opened.take() {
+            Some(current) if current.component == component => current,
+            other => {
+                // The last component's memory must be free before there is a next one.
+                drop(other);
+                let weights = checkpoint.open_weights(component, store, &mut |_, _| Ok(()))?;
+                Opened { component, weights: Arc::new(weights), session: None }
+            }
+        };
+        let current = opened.insert(current);
+        if runs::is_run(golden) {
+            // A run has a session of its own.
+            current.session = None;
+            let runs::Repeated { found, expected, seconds, same_bits, summary } =
+                runs::repeat(golden, checkpoint, &current.weights, *backend)?;
+            return Ok(Repeated { found, expected, seconds, run: Some(summary), same_bits });
+        }
+        let session = match &mut current.session {
+            Some(session) => session,
+            none => none.insert(backend.open(current.weights.clone())?),
+        };
+        let dtype = backend.activations();
+        let mut network = Network { checkpoint, session: &mut **session, dtype, golden };
+        let ((found, seconds), expected) = network.call(component)?;
+        Ok(Repeated { found, expected, seconds, run: None, same_bits: true })
+    }
+}
+
 /// Compares the calls recorded in `folder`, prints a line for each, and returns the results;
 /// `Err` holds what is wrong with the ones that do not pass.
 fn compare(
     folder: &Path,
     backend: &dyn Backend,
     options: &Options,
-    results: &mut Vec<serde_json::Value>,
+    results: &mut Vec<Value>,
 ) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(folder.join("calls.json")).expect("calls.json");
     let recording: Recording = serde_json::from_str(&text).expect("calls.json");
@@ -296,9 +188,9 @@ fn compare(
         "{:28} {:>10} {:>10} {:>6} {:>9} {:>9}",
         "", "error", "published", "ratio", "s", "published"
     );
-    let store = tempfile::tempdir().expect("folder");
-    let stored = StoreOptions::below(store.path());
-    let mut opened: Option<(Component, Box<dyn Session>)> = None;
+    let folder_of_store = tempfile::tempdir().expect("folder");
+    let store = StoreOptions::below(folder_of_store.path());
+    let mut subject = Subject { checkpoint, backend, store, opened: None };
     let mut wrong = Vec::new();
     for call in recording.calls.iter().filter(|c| c.name.contains(&options.only)) {
         let name = format!("{} {}", recording.family, call.name);
@@ -306,38 +198,44 @@ fn compare(
             wrong.push(format!("{name} was not recorded: {reason}"));
             continue;
         }
-        let component = component(&call.component);
-        let session = match &mut opened {
-            Some((open, session)) if *open == component => session,
-            _ => {
-                // The last component's memory must be free before there is a next one.
-                opened = None;
-                let weights = checkpoint.open_weights(component, &stored, &mut |_, _| Ok(()))?;
-                &mut opened.insert((component, backend.open(Arc::new(weights))?)).1
-            }
-        };
         let file = folder.join(format!("{}.safetensors", call.name));
         let golden = Golden::open(&file).expect("a recording");
-        let dtype = backend.activations();
-        let mut network =
-            Network { checkpoint: &checkpoint, session: &mut **session, dtype, golden: &golden };
-        let ((found, seconds), expected) = network.call(component)?;
-        let error = relative_error(&found, &expected);
-        let ratio = error / call.bf16_error;
+        let repeated = subject.repeat(component(&call.component), &golden)?;
+        let error = relative_error(&repeated.found, &repeated.expected);
+        let (ratio, seconds) = (error / call.bf16_error, repeated.seconds);
         println!(
             "{:28} {error:10.2e} {:10.2e} {ratio:6.3} {seconds:9.4} {:9.4}",
             call.name, call.bf16_error, call.bf16_seconds
         );
-        results.push(json!({
+        let mut result = json!({
             "family": recording.family, "call": call.name, "error": error, "ratio": ratio, "seconds": seconds,
             "published_bf16_error": call.bf16_error, "published_seconds": call.bf16_seconds,
             "published_device": recording.device,
-        }));
-        if ratio.is_nan() || ratio > RATIO {
-            wrong.push(format!("{name}: error {error:.2e}, {ratio:.3} times that of bf16"));
+        });
+        let (mut ratios, mut bound) = (vec![("bf16", ratio)], F32_ERROR);
+        if let Some(mut run) = repeated.run {
+            let calls_error = call.bf16_calls_error.expect("recorded of every run");
+            let calls_ratio = error / calls_error;
+            println!(
+                "{:28} {:>10} {calls_error:10.2e} {calls_ratio:6.3}",
+                "  beside its calls in bf16", ""
+            );
+            run["published_unit_errors"] = json!(call.bf16_unit_errors);
+            run["published_calls_error"] = json!(calls_error);
+            run["calls_ratio"] = json!(calls_ratio);
+            result["run"] = run;
+            ratios.push(("its calls in bf16", calls_ratio));
+            bound = WHOLE_RUN;
         }
-        if dtype == DType::F32 && error > F32_ERROR {
+        results.push(result);
+        for (of, ratio) in ratios.into_iter().filter(|(_, r)| r.is_nan() || *r > RATIO) {
+            wrong.push(format!("{name}: error {error:.2e}, {ratio:.3} times that of {of}"));
+        }
+        if backend.activations() == DType::F32 && error > bound {
             wrong.push(format!("{name}: error {error:.2e} in f32"));
+        }
+        if !repeated.same_bits {
+            wrong.push(format!("{name}: another repetition gave other bits"));
         }
     }
     Ok(wrong)

@@ -6,7 +6,7 @@
     ... --sizes 768p 384p --seconds 5 --modes eager tuned --whole eager --limit 540
 
 `eager` is the published code from a checkout (github.com/jy0205/Pyramid-Flow) as it is, but for what
-tools/published_calls.py and tools/published_pipeline.py list; without `--repo` it is tools/reference. `tuned` is
+tools/published_*.py list; without `--repo` it is tools/reference. `tuned` is
 tools/reference/tuned.py: the same weights with what PyTorch offers to make them fast (attention without masked pairs,
 torch.compile, CUDA graphs, channels-last convolutions); its results are compared with those of `eager`.
 
@@ -34,19 +34,16 @@ import torch._dynamo
 
 import published_pipeline
 from published_calls import Inputs, free, history, relative_error, time_of
-from published_pipeline import TEXT_TOKENS, Driver, Published, block_noise, own_module, text_inputs
+from published_code import VIDEO_GUIDANCE, block_noise, guidance
+from published_pipeline import TEXT_TOKENS, Driver, Published, own_module, text_inputs
 from reference.pipeline import double, halve
 from reference.pipeline import history as seen
 from reference.schedule import GAMMA, STAGES, Schedule
 from reference.tuned import KINDS, Call, Tuned, tune_vae
 
 SIZES = {"768p": (768, 1280), "384p": (384, 640), "tiny": (64, 128)}
-STEPS, VIDEO_STEPS, VIDEO_GUIDANCE = [20, 20, 20], [10, 10, 10], 5.0
+STEPS, VIDEO_STEPS = [20, 20, 20], [10, 10, 10]
 TIMESTEPS = (900.0, 640.0, 308.0)
-
-
-def guidance(family, size):
-    return 9.0 if (family, size) == ("sd3", "768p") else 7.0
 
 
 class Bench:

@@ -1,10 +1,10 @@
 """The published implementation with random weights of the published size, built on the device without any file.
 
-What differs from the published code, besides what tools/published_calls.py lists:
+What differs from the published code, besides what tools/published_code.py and tools/published_calls.py list:
 
 * Its classes are built from the published configurations and then filled as tools/random_checkpoint.py fills a
-  checkpoint; the pipeline object is put together here instead of by its constructor, which reads a checkpoint.
-* The text encoder of the pipeline is a stand-in that gives out random embeddings of prompts of 40 and 57 tokens.
+  checkpoint.
+* The text encoder of the pipeline gives out random embeddings of prompts of 40 and 57 tokens.
 * Block noise is drawn on the device, all at once (`block_noise`): the same distribution. The published loop draws
   every block of four values by a call of its own, on the CPU, and first factors a singular matrix, which PyTorch
   refuses on some machines. `Driver.loop_seconds` times that loop, with a matrix just short of singular.
@@ -12,7 +12,6 @@ What differs from the published code, besides what tools/published_calls.py list
 
 import datetime
 import hashlib
-import math
 import os
 import pathlib
 import subprocess
@@ -22,7 +21,7 @@ import types
 import torch
 
 import random_checkpoint
-from published_calls import import_published, in_bands
+from published_code import assemble, block_noise, generate, give_text, import_published, in_bands
 
 TEXT_TOKENS, VALID = 128, (57, 40)  # T5 tokens of a prompt, and how many of them are no padding: negative, prompt
 
@@ -68,14 +67,6 @@ def text_inputs(config, device, dtype):
 
     mask = (torch.arange(TEXT_TOKENS, device=device)[None] < torch.tensor(VALID, device=device)[:, None]).long()
     return (normal(2, TEXT_TOKENS, config["joint_attention_dim"]), mask, normal(2, config["pooled_projection_dim"]))
-
-
-def block_noise(shape, gamma, generator=None, device=None):
-    """Noise [B, C, T, H, W] whose 2x2 blocks have covariance (1 + gamma) I - gamma 11^T, for gamma 1/3."""
-    batch, channels, frames, height, width = shape
-    e = torch.randn(batch, channels, frames, height // 2, width // 2, 4, generator=generator, device=device)
-    e = math.sqrt(1 + gamma) * (e - e.mean(-1, keepdim=True))
-    return e.unflatten(-1, (2, 2)).permute(0, 1, 2, 3, 5, 4, 6).flatten(5).flatten(3, 4)
 
 
 def describe(repo, commit):
@@ -160,31 +151,16 @@ class Driver:
     """The published pipeline around a transformer or a VAE."""
 
     def __init__(self, published, transformer=None, vae=None):
-        cls = published.module.PyramidDiTForVideoGeneration
-        sd3 = published.family == "sd3"
-        self.pipeline = pipeline = object.__new__(cls)
-        shift, scale = (0.1490, 1 / 1.8415) if sd3 else (-0.04, 1 / 1.8726)
-        vars(pipeline).update(
-            dit=transformer, vae=vae, stages=[1, 2, 4], downsample=8, frame_per_unit=1, sequential_offload_enabled=False,
-            model_name="pyramid_mmdit" if sd3 else "pyramid_flux", vae_shift_factor=shift, vae_scale_factor=scale,
-            vae_video_shift_factor=-0.2343, vae_video_scale_factor=1 / 3.0986,
-            scheduler=published.module.PyramidFlowMatchEulerDiscreteScheduler(
-                shift=1.0, stages=3, stage_range=[0, 1 / 3, 2 / 3, 1], gamma=1 / 3))
-        self.loop, device = cls.sample_block_noise, published.device
+        self.pipeline = pipeline = assemble(published.module, published.family, transformer, vae)
+        self.loop, device = type(pipeline).sample_block_noise, published.device
         pipeline.sample_block_noise = types.MethodType(
             lambda p, *shape: block_noise(shape, p.scheduler.config.gamma, device=device), pipeline)
         if transformer is not None:
-            embeds, mask, pooled = text_inputs(published.configs["transformer"][0], device, published.dtype)
-            # The pipeline asks for the prompt first and for the negative prompt then.
-            answers = [tuple(x[i:i + 1] for x in (embeds, mask, pooled)) for i in (1, 0)]
-            pipeline.text_encoder = lambda prompt, _: answers["hyper quality" not in prompt[-40:]]
+            give_text(pipeline, *text_inputs(published.configs["transformer"][0], device, published.dtype))
 
-    def generate(self, height, width, units, steps, video_steps, guidance, video_guidance):
-        """Latents [1, 16, units, height / 8, width / 8]."""
-        return self.pipeline.generate(
-            prompt="a clip", height=height, width=width, temp=units, num_inference_steps=list(steps),
-            video_num_inference_steps=list(video_steps), guidance_scale=guidance, video_guidance_scale=video_guidance,
-            output_type="latent")
+    def generate(self, *settings):
+        """Latents, as published_code.generate gives them."""
+        return generate(self.pipeline, *settings)
 
     def loop_seconds(self, height, width):
         """Seconds of the published block noise for one unit."""

@@ -12,7 +12,7 @@ use super::golden::{Golden, channels_last, check};
 use super::networks::Comparison;
 
 /// Relative error allowed for whole runs.
-const WHOLE_RUN: f64 = 2e-5;
+pub const WHOLE_RUN: f64 = 2e-5;
 /// Share of frame values that may differ, by 1 at most.
 const DIFFERENT_VALUES: f64 = 1e-3;
 
@@ -45,6 +45,11 @@ fn request_of(golden: &Golden, pipeline: &Pipeline) -> Request {
         Request::new(pipeline.checkpoint(), golden.setting("prompt").expect("prompt"), image);
     request.suffix = golden.setting("prompt_suffix").expect("suffix").to_string();
     request.negative = golden.setting("negative_prompt").expect("negative").to_string();
+    with_settings(golden, request)
+}
+
+/// `request` with the size, the steps and the guidance of a recorded run.
+pub fn with_settings(golden: &Golden, mut request: Request) -> Request {
     request.width = golden.json("width").expect("width");
     request.height = golden.json("height").expect("height");
     request.units = golden.json("temp").expect("temp");
@@ -63,7 +68,8 @@ fn request_of(golden: &Golden, pipeline: &Pipeline) -> Request {
     request
 }
 
-fn noise_of(golden: &Golden) -> RecordedNoise {
+/// The noise that was drawn in the run.
+pub fn noise_of(golden: &Golden) -> RecordedNoise {
     let latent = |name: &str| {
         let (shape, values) = golden.tensor(name);
         let ([frames, height, width, _], _) = channels_last(&shape, &values);
