@@ -20,9 +20,10 @@ import subprocess
 import sys
 
 import report_charts
+from report_memory import memory, memory_links, soak, startup
+from report_results import (IMAGES, PHASES, RESULTS, ROOT, Results, clip_name, gib, gpu, key, measured_with, phases,
+                            seconds_of, table, torch_with)
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS, IMAGES = ROOT / "benches/results", ROOT / "docs/images"
 MARKERS = re.compile(r"<!-- report: (?P<name>[a-z-]+) -->\n.*?<!-- end report -->", re.DOTALL)
 
 # Dense bf16 matrix products a second, from NVIDIA's data sheets.
@@ -57,78 +58,7 @@ CALLS = {
     "clip_g.ids77": "CLIP-G, 77 tokens",
 }
 
-PHASES = {"text": "text", "sampling": "transformer", "decoding": "VAE decode"}
 WHOSE = {"eager": "published PyTorch", "tuned": "tuned PyTorch"}
-
-
-def read(name):
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def read_all(pattern):
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
-
-
-def table(head, rows):
-    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
-
-
-def seconds_of(report):
-    """Length of a clip: 8 frames to a latent, the first one alone, 24 a second."""
-    return round((8 * (report["units"] - 1) + 1) / 24)
-
-
-def key(report):
-    """Sorts sd3 before miniflux, large before small, short before long; equal for the same clip."""
-    return (report["family"] != "sd3", -report["height"], report["units"])
-
-
-def clip_name(report):
-    return f"{report['family']}-{report['variant']}, {seconds_of(report)} s"
-
-
-def phases(report):
-    return {phase["name"]: phase for phase in report["measured"]["phases"]}
-
-
-def total(report):
-    return sum(phase["seconds"] for phase in report["measured"]["phases"])
-
-
-def gpu(report):
-    """The name of a GPU without what stands behind it in the description of a backend."""
-    return report["device"].split(" with ")[0]
-
-
-def measured_with(report):
-    return f"{report['device']}, driver {report['driver']}, commit {report['commit']}"
-
-
-def torch_with(report):
-    published = report.get("published") or {}
-    code = "no published code" if not published else \
-        f"published code {(published.get('commit') or 'sha256 ' + published['sources_sha256'])[:14]}"
-    return (f"{report['device']}, driver {report['driver']}, PyTorch {report['torch']}, cuDNN {report['cudnn']}, "
-            f"diffusers {report['diffusers']}, {code}, harness {report['commit']}, {report['date']}")
-
-
-class Results:
-    def __init__(self):
-        self.clips = sorted(read_all("gpu-clip-*.json"), key=key)
-        self.references = read_all("reference-*.json")
-        self.ops, self.linear = read("gpu-ops.json"), read("gpu-linear-cublaslt.json")
-        self.calls, self.plans = read("gpu-full-size.json"), read("plans.json")
-        self.memory = sorted(read_all("gpu-memory-*.json"), key=lambda report: key(report["runs"][0]["report"]))
-
-    def reference(self, clip, mode):
-        """(what PyTorch took for the same clip on the same kind of GPU, the file it stands in)."""
-        for report in self.references:
-            for other in report["clips"]:
-                same = all(other[k] == clip[k] for k in ("family", "variant", "width", "height", "units", "steps",
-                                                         "video_steps"))
-                if same and other["mode"] == mode and report["device"] == gpu(clip) and "sampling" in phases(other):
-                    return other, report
-        return None, None
 
 
 # Tables of docs/checks.md
@@ -206,54 +136,6 @@ def beside(results, clip, mode):
     return "; ".join(parts)
 
 
-def memory_runs(results):
-    """Every run of tools/gpu_memory.py that was not on a slowed bus, with the run without a limit before it."""
-    for report in results.memory:
-        first = report["runs"][0]
-        for run in report["runs"]:
-            if run["link"] is None and "failed" not in run:
-                yield first["report"], run
-
-
-def memory(results, shortest=0):
-    """What limits cost, seen from outside, in clips of so many seconds or more."""
-    rows = []
-    for first, run in memory_runs(results):
-        if seconds_of(first) < shortest:
-            continue
-        found, full = phases(run["report"]), phases(first)
-        whole = {name: phase["seconds"] + phase["loading"] for name, phase in found.items()}
-        host = max(phase["host_memory"] for phase in found.values()) / 2**30
-        rows.append([clip_name(first), run["limit"] or "none", f"{run['peak_device_mib'] / 1024:.2f} GiB", f"{host:.1f} GiB",
-                     f"{found['sampling']['seconds']:.1f} s", f"{found['decoding']['seconds']:.1f} s",
-                     f"{sum(p['seconds'] for p in found.values()) / sum(p['seconds'] for p in full.values()):.2f}×",
-                     f"{sum(whole.values()):.1f} s"])
-    same = all(report["same_bits"] for report in results.memory)
-    with_what = sorted({measured_with(first) for first, _ in memory_runs(results)})
-    return [f"`--max-vram` on one {'; '.join(with_what)}. GPU memory is what nvidia-smi showed at most, driver and context "
-            f"included; host memory is that of the process without mapped files, pinned memory included. All limits of a clip "
-            f"{'gave the same bits' if same else 'DID NOT GIVE THE SAME BITS'}:", "",
-            *table(["clip", "limit", "GPU memory", "host memory", "transformer", "VAE decode", "time against no limit",
-                    "with loading"], rows)]
-
-
-def memory_links(results):
-    """What was predicted for slowed buses, and what was measured."""
-    rows = []
-    for report in results.memory:
-        for run in report["runs"]:
-            if run.get("predicted") is None:
-                continue
-            found = phases(run["report"])
-            for plan in run["predicted"]:
-                name, guess = plan["name"], plan["predicted"]["seconds"]
-                if name != "text":
-                    rows.append([clip_name(run["report"]), run["limit"], f"{run['link'] or 'as it is'}", PHASES[name],
-                                 f"{found[name]['seconds']:.2f} s", f"{guess:.2f} s",
-                                 f"{guess / found[name]['seconds'] - 1:+.0%}"])
-    return table(["clip", "limit", "bus, GB/s each way", "phase", "measured", "predicted", "off by"], rows)
-
-
 def reference_notes(results):
     lines = ["PyTorch: text, transformer and VAE decode in full frames, the same sizes, steps and text lengths:", ""]
     for report in results.references:
@@ -301,10 +183,6 @@ def how(phase):
     return {"calls": "sum of its calls", "whole": "run whole"}.get(phase.get("method"), "median call")
 
 
-def gib(size):
-    return f"{size / 2**30:.1f}" if size else ""
-
-
 def op_table(results):
     """What each kind of op takes in the graphs of the last unit."""
     lines = []
@@ -320,12 +198,19 @@ def op_table(results):
                 rows.append([graph, op["op"], str(op["nodes"]), f"{op['seconds'] * 1e3:.2f} ms",
                              f"{op['seconds'] / whole:.0%}", f"{op['flops'] / 1e12:.2f}" if op["flops"] else "",
                              f"{rate / 1e12:.0f}" if op["flops"] else "",
-                             f"{rate / peak:.0%}" if op["flops"] and peak else ""])
+                             f"{rate / peak:.0%}" if op["flops"] and peak else "",
+                             f"{op['bytes'] / 1e9:.2f}" if "bytes" in op else "",
+                             f"{op['floor'] / op['seconds']:.0%}" if op.get("floor") else ""])
                 graph = ""
             rest = whole - sum(op["seconds"] for op in kept)
-            rows.append(["", "all others", "", f"{rest * 1e3:.2f} ms", f"{rest / whole:.1%}", "", "", ""])
-        lines += [f"**{clip_name(report)}** ({measured_with(report)})", "",
-                  *table(["graph", "op", "nodes", "time", "of the graph", "TFLOP", "TFLOP/s", "of the peak"], rows), ""]
+            rows.append(["", "all others", "", f"{rest * 1e3:.2f} ms", f"{rest / whole:.1%}", *[""] * 5])
+        ceilings, note = report["measured"].get("ceilings"), ""
+        if ceilings:
+            note = (f"; floors by what was measured in the same run: a large product {ceilings['flops'] / 1e12:.0f} TFLOP/s, "
+                    f"a copy {ceilings['bytes'] / 1e9:.0f} GB/s")
+        lines += [f"**{clip_name(report)}** ({measured_with(report)}{note})", "",
+                  *table(["graph", "op", "nodes", "time", "of the graph", "TFLOP", "TFLOP/s", "of the peak", "GB",
+                          "of its floor"], rows), ""]
     return lines[:-1]
 
 
@@ -348,6 +233,20 @@ def kernel_table(results):
     return [*table(["kernel", "time", "TFLOP", "GB", "floor", "set by", "share"], rows), "",
             f"* own kernels: {measured_with(results.ops)}; a copy moves {results.ops['copy_gbytes_per_second']:.0f} GB/s",
             f"* cuBLASLt: {measured_with(results.linear)}; a copy moves {results.linear['copy_gbytes_per_second']:.0f} GB/s"]
+
+
+def gemm_table(results):
+    """Every linear layer of the bench: our kernels and the library."""
+    theirs = {row["case"]: row for row in results.linear["results"]}
+    rows = []
+    for row in results.ops["results"]:
+        other = theirs.get(row["case"])
+        if row["op"] != "linear" or other is None or "gated" in row["case"]:
+            continue  # the library has no gate
+        rows.append([row["case"].removeprefix("linear/"), f"{row['median_seconds'] * 1e6:.0f} µs",
+                     f"{other['median_seconds'] * 1e6:.0f} µs", f"{row['flops'] / row['median_seconds'] / 1e12:.0f}",
+                     f"{other['median_seconds'] / row['median_seconds']:.2f}"])
+    return table(["layer", "own", "cuBLASLt", "own TFLOP/s", "own rate to cuBLASLt's"], rows)
 
 
 def growth_table(results):
@@ -398,7 +297,8 @@ def reference_table(results):
     return lines[:-1] or ["No result file of PyTorch's whole clips is in `benches/results`."]
 
 
-SECTIONS = {"summary": summary, "checks": checks, "memory": memory, "memory-links": memory_links, "phases": phase_table,
+SECTIONS = {"summary": summary, "checks": checks, "memory": memory, "memory-links": memory_links,
+            "soak": soak, "startup": startup, "gemm": gemm_table, "phases": phase_table,
             "ops": op_table, "kernels": kernel_table, "growth": growth_table, "calls": lambda results: calls(results, None), "reference": reference_table}
 DOCUMENTS = ("README.md", "docs/checks.md", "docs/performance.md", "docs/memory.md")
 

@@ -1,0 +1,91 @@
+"""Tables of docs/memory.md. Only the standard library is needed."""
+
+import statistics
+
+from report_results import PHASES, clip_name, gpu, measured_with, phases, seconds_of, table
+
+
+def memory_runs(results):
+    """Every run of tools/gpu_memory.py that was not on a slowed bus, with the run without a limit before it."""
+    for report in results.memory:
+        first = report["runs"][0]
+        for run in report["runs"]:
+            if run["link"] is None and "failed" not in run:
+                yield first["report"], run
+
+
+def memory(results, shortest=0):
+    """What limits cost, seen from outside, in clips of so many seconds or more."""
+    rows = []
+    for first, run in memory_runs(results):
+        if seconds_of(first) < shortest:
+            continue
+        found, full = phases(run["report"]), phases(first)
+        whole = {name: phase["seconds"] + phase["loading"] for name, phase in found.items()}
+        host = max(phase["host_memory"] for phase in found.values()) / 2**30
+        rows.append([clip_name(first), run["limit"] or "none", f"{run['peak_device_mib'] / 1024:.2f} GiB", f"{host:.1f} GiB",
+                     f"{found['sampling']['seconds']:.1f} s", f"{found['decoding']['seconds']:.1f} s",
+                     f"{sum(p['seconds'] for p in found.values()) / sum(p['seconds'] for p in full.values()):.2f}×",
+                     f"{sum(whole.values()):.1f} s"])
+    same = all(report["same_bits"] for report in results.memory)
+    with_what = sorted({measured_with(first) for first, _ in memory_runs(results)})
+    return [f"`--max-vram` on one {'; '.join(with_what)}. GPU memory is what nvidia-smi showed at most, driver and context "
+            f"included; host memory is that of the process without mapped files, pinned memory included. All limits of a clip "
+            f"{'gave the same bits' if same else 'DID NOT GIVE THE SAME BITS'}:", "",
+            *table(["clip", "limit", "GPU memory", "host memory", "transformer", "VAE decode", "time against no limit",
+                    "with loading"], rows)]
+
+
+def memory_links(results):
+    """What was predicted for slowed buses, and what was measured."""
+    rows = []
+    for report in results.memory:
+        for run in report["runs"]:
+            if run.get("predicted") is None:
+                continue
+            found = phases(run["report"])
+            for plan in run["predicted"]:
+                name, guess = plan["name"], plan["predicted"]["seconds"]
+                if name != "text":
+                    rows.append([clip_name(run["report"]), run["limit"], f"{run['link'] or 'as it is'}", PHASES[name],
+                                 f"{found[name]['seconds']:.2f} s", f"{guess:.2f} s",
+                                 f"{guess / found[name]['seconds'] - 1:+.0%}"])
+    return table(["clip", "limit", "bus, GB/s each way", "phase", "measured", "predicted", "off by"], rows)
+
+
+def flat(report):
+    """The range of what is in use after the units of each phase, for people."""
+    parts = []
+    for phase in report["measured"]["phases"]:
+        used = phase.get("memory_of_units")
+        if used:
+            spread = (max(used) - min(used)) / 2**20
+            parts.append(f"{PHASES[phase['name']]} {max(used) / 2**30:.2f} GiB, ± {spread / 2:.0f} MiB over {len(used)} units")
+    return "; ".join(parts)
+
+
+def soak(results):
+    """Memory from unit to unit and from clip to clip."""
+    lines = []
+    for first, run in memory_runs(results):
+        if first["units"] > 8 and (text := flat(run["report"])):
+            lines.append(f"* {clip_name(first)}, {run['limit'] or 'no limit'}: {text}")
+    for report in results.soaks:
+        clips = report["memory_after_clips"]
+        free, host = ([clip[name] / 2**20 for clip in clips] for name in ("device_free", "host_anonymous"))
+        lines.append(f"* {len(clips)} clips of {report['width']}x{report['height']} in one process within "
+                     f"{report['max_vram'] / 2**30:.0f} GiB ({measured_with(report)}): between clips the GPU memory in use varies by "
+                     f"{max(free) - min(free):.0f} MiB, that of the host is {host[1]:.0f} MiB after the second and "
+                     f"{host[-1]:.0f} MiB after the last")
+    return lines
+
+
+def startup(results):
+    """Seconds from the command line to the first kernel."""
+    lines = []
+    for report in results.startups:
+        waits = [run["start_to_first_kernel"] for run in report["runs"]]
+        lines.append(f"From the start of the program to the first kernel: {statistics.median(waits):.2f} s, "
+                     f"{max(waits):.2f} s at most of {len(waits)}, with a checkpoint of {report['checkpoint_bytes'] / 1e9:.1f} GB in "
+                     f"the system's file cache ({measured_with(report)}).")
+    return lines
