@@ -281,7 +281,7 @@ def run(model, compute, inputs, device, dtype, autocast):
 
 
 def in_bf16(model, call, device):
-    """The result, the median seconds of a call, and for a whole run that with f32 around the calls; it is timed once."""
+    """Result and median seconds of a call; of a whole run, timed once, also the result with f32 around its calls."""
     out, again = run(model, call.compute, call.make(), device, torch.bfloat16, True)
     seconds = time_of(again, device, least=1 if call.settings else None)
     around = run(model, call.around, call.make(), device, torch.float32, True)[0] if call.around else None

@@ -6,8 +6,8 @@ The published code (github.com/jy0205/Pyramid-Flow) is unchanged but for this:
   timm.models.layers and timm.models.hub are led to where later versions of timm keep them.
 * A convolution whose input or output has more values than a 32-bit index counts, which cuDNN may refuse, is computed in
   bands of rows: the same products and sums.
-* The pipeline object is put together here instead of by its constructor, which reads a whole checkpoint. Its text encoder
-  is a stand-in that gives out embeddings which are there already.
+* The pipeline object is put together here instead of by its constructor, which reads a whole checkpoint. Its text
+  encoder is a stand-in that gives out embeddings which are there already; what noise it draws can be given to it, too.
 """
 
 import importlib
