@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 import report_charts
-from report_memory import memory, memory_links, soak, startup
+from report_memory import memory, memory_links, memory_runs, soak, startup
 from report_results import (IMAGES, PHASES, RESULTS, ROOT, Results, clip_name, gib, gpu, key, measured_with, phases,
                             seconds_of, table, torch_with)
 
@@ -252,6 +252,8 @@ def gemm_table(results):
 def growth_table(results):
     """Operations, and seconds if every operation took what it takes in the 5 s clip of 768p."""
     plans = sorted(results.plans["plans"], key=key)
+    # Runs without a limit of tools/gpu_memory.py are clips, too.
+    measured = results.clips + [first for first, run in memory_runs(results) if run["limit"] is None]
     rows = []
     for family in ("sd3", "miniflux"):
         base = next((c for c in results.clips if (c["family"], c["variant"], seconds_of(c)) == (family, "768p", 5)), None)
@@ -259,7 +261,7 @@ def growth_table(results):
         for plan in plans:
             if plan["family"] != family or ground is None:
                 continue
-            clip = next((c for c in results.clips if key(c) == key(plan)), None)
+            clip = next((c for c in measured if key(c) == key(plan)), None)
             row = [f"{family}-{plan['variant']}, {plan['seconds']} s"]
             for name in ("sampling", "decoding"):
                 share = plan["flops"][name] / ground["flops"][name]
@@ -271,7 +273,8 @@ def growth_table(results):
             "predicted", "measured"]
     bases = [c for c in results.clips if (c["variant"], seconds_of(c)) == ("768p", 5)]
     return [*table(head, rows), "", f"* operations: `{results.plans['command']}`, commit {results.plans['commit']}",
-            *(f"* rate: {clip_name(c)}, {measured_with(c)}" for c in bases)]
+            *(f"* rate: {clip_name(c)}, {measured_with(c)}" for c in bases),
+            *(f"* {clip_name(c)}: {measured_with(c)}" for c in measured if seconds_of(c) == 10)]
 
 
 def reference_table(results):

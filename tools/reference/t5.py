@@ -86,7 +86,7 @@ class T5(nn.Module):
         x = self.shared(ids)
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         bias = table(buckets(ids.shape[1], ids.device)).permute(2, 0, 1)[None]
-        bias = bias.masked_fill(~mask.bool()[:, None, None, :], torch.finfo(torch.float32).min).to(x.dtype)
+        bias = bias.masked_fill(~mask.bool()[:, None, None, :], torch.finfo(bias.dtype).min).to(x.dtype)
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
