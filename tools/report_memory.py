@@ -86,6 +86,6 @@ def startup(results):
     for report in results.startups:
         waits = [run["start_to_first_kernel"] for run in report["runs"]]
         lines.append(f"From the start of the program to the first kernel: {statistics.median(waits):.2f} s, "
-                     f"{max(waits):.2f} s at most of {len(waits)}, with a checkpoint of {report['checkpoint_bytes'] / 1e9:.1f} GB in "
-                     f"the system's file cache ({measured_with(report)}).")
+                     f"{max(waits):.2f} s at most of {len(waits)}, with a checkpoint folder of {report['checkpoint_bytes'] / 1e9:.1f} GB, converted "
+                     f"weights included, in the system's file cache ({measured_with(report)}).")
     return lines
