@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 import report_charts
-from report_memory import memory, memory_links, memory_runs, soak, startup
+from report_memory import cards, memory, memory_links, memory_runs, soak, startup
 from report_results import (IMAGES, PHASES, RESULTS, ROOT, Results, clip_name, gib, gpu, key, measured_with, phases,
                             seconds_of, table, torch_with)
 
@@ -57,6 +57,10 @@ CALLS = {
     "t5.ids128": "T5-XXL, 128 tokens",
     "clip_g.ids77": "CLIP-G, 77 tokens",
 }
+
+# Cards for which times are predicted: limit, GB/s of the bus, TFLOP/s as reached, GB/s of memory.
+CARDS = [("12 GB on PCIe 4.0 x16", "11.5G", 25, 60, 450), ("12 GB on PCIe 4.0 x8", "11.5G", 12, 60, 450),
+         ("8 GB on PCIe 4.0 x16", "7.5G", 25, 40, 250), ("8 GB on PCIe 4.0 x8", "7.5G", 12, 40, 250)]
 
 WHOSE = {"eager": "published PyTorch", "tuned": "tuned PyTorch"}
 
@@ -301,7 +305,7 @@ def reference_table(results):
 
 
 SECTIONS = {"summary": summary, "checks": checks, "memory": memory, "memory-links": memory_links,
-            "soak": soak, "startup": startup, "gemm": gemm_table, "phases": phase_table,
+            "cards": cards, "soak": soak, "startup": startup, "gemm": gemm_table, "phases": phase_table,
             "ops": op_table, "kernels": kernel_table, "growth": growth_table, "calls": lambda results: calls(results, None), "reference": reference_table}
 DOCUMENTS = ("README.md", "docs/checks.md", "docs/performance.md", "docs/memory.md")
 
@@ -343,7 +347,17 @@ def write_plans(pyraflow):
                 plans.append({"family": family, "variant": variant, "seconds": seconds,
                               **{k: plan[k] for k in ("width", "height", "units")},
                               "flops": {phase["name"]: phase["flops"] for phase in plan["phases"]}})
-    result = {"commit": commit.stdout.strip(), "command": "pyraflow plan --model NAME --seconds N --json", "plans": plans}
+    cards = []
+    for model in ("sd3-384p", "sd3-768p", "miniflux-768p"):
+        for name, limit, link, tflops, bandwidth in CARDS:
+            command = [pyraflow, "plan", "--model", model, "--seconds", "5", "--json", "--max-vram", limit, "--link", str(link),
+                       "--tflops", str(tflops), "--bandwidth", str(bandwidth)]
+            plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            cards.append({"card": name, "model": model, "limit": limit, "link": link, "tflops": tflops, "bandwidth": bandwidth,
+                          "phases": [{k: phase[k] for k in ("name", "device_bytes", "pinned_bytes", "predicted")}
+                                     for phase in plan["phases"]]})
+    result = {"commit": commit.stdout.strip(), "command": "pyraflow plan --model NAME --seconds N --json", "plans": plans,
+              "cards": cards}
     (RESULTS / "plans.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

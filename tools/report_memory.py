@@ -53,6 +53,20 @@ def memory_links(results):
     return table(["clip", "limit", "bus, GB/s each way", "phase", "measured", "predicted", "off by"], rows)
 
 
+def cards(results):
+    """What `pyraflow plan` predicts for cards that nobody measured."""
+    rows = []
+    for card in results.plans["cards"]:
+        found = {phase["name"]: phase["predicted"] for phase in card["phases"]}
+        pinned = max(phase["pinned_bytes"] for phase in card["phases"]) / 2**30
+        whole, resident = (sum(p[key] for p in found.values()) for key in ("seconds", "resident_seconds"))
+        rows.append([f"{card['model']}, 5 s", card["card"], card["limit"], f"{card['link']}, {card['tflops']}, {card['bandwidth']}",
+                     f"{found['sampling']['seconds']:.0f} s", f"{found['decoding']['seconds']:.0f} s", f"{pinned:.1f} GiB",
+                     f"{whole / resident:.2f}×"])
+    return table(["clip", "card", "limit", "GB/s of the bus, TFLOP/s, GB/s of memory", "transformer", "VAE decode",
+                  "pinned host memory", "time against no limit"], rows)
+
+
 def flat(report):
     """The range of what is in use after the units of each phase, for people."""
     parts = []
