@@ -1,13 +1,17 @@
 //! The CUDA driver behind types that free what they own: context, streams, events, device
 //! and pinned memory, modules. Every call is checked; errors say what was being done.
 
-use std::ffi::{CString, c_void};
+mod memory;
+mod module;
+
+use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::{result, sys};
-use memmap2::MmapMut;
-use rayon::prelude::*;
+
+pub(super) use memory::{DeviceMemory, PinnedMemory};
+pub(super) use module::{Kernel, Module};
 
 use crate::{Error, Result};
 
@@ -348,188 +352,3 @@ impl Drop for Event {
         let _ = unsafe { result::event::destroy(self.event) };
     }
 }
-
-/// A piece of device memory.
-pub(super) struct DeviceMemory {
-    context: Arc<Context>,
-    address: Address,
-    bytes: usize,
-}
-
-impl DeviceMemory {
-    /// Allocates at least one byte; `what` is for the message when there is no room.
-    pub fn new(context: &Arc<Context>, bytes: usize, what: &str) -> Result<DeviceMemory> {
-        context.admit(bytes, what)?;
-        context.bind()?;
-        // SAFETY: the context is current.
-        let address = unsafe { result::malloc_sync(bytes.max(1)) };
-        let what = format!("{what} ({:.1} MiB)", bytes as f64 / f64::from(1 << 20));
-        Ok(DeviceMemory { context: context.clone(), address: check(&what, address)?, bytes })
-    }
-
-    pub fn address(&self) -> Address {
-        self.address
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-}
-
-impl Drop for DeviceMemory {
-    fn drop(&mut self) {
-        let _ = self.context.bind();
-        // SAFETY: allocated in `new`, freed once; freeing waits for work that uses it.
-        let _ = unsafe { result::free_sync(self.address) };
-    }
-}
-
-/// Page-locked host memory, which the copy engine reads and writes directly.
-///
-/// Mapped in large pages where the system has them and touched on all threads before it is
-/// locked: the driver's own allocation takes seconds for gigabytes.
-pub(super) struct PinnedMemory {
-    context: Arc<Context>,
-    memory: MmapMut,
-}
-
-impl PinnedMemory {
-    /// What one thread touches at a time: a large page.
-    const PAGE: usize = 2 << 20;
-
-    pub fn new(context: &Arc<Context>, bytes: usize) -> Result<PinnedMemory> {
-        let fail = |e| {
-            Error::memory(format!("the host has no memory left to lock ({bytes} bytes)")).because(e)
-        };
-        let mut memory = MmapMut::map_anon(bytes.max(1)).map_err(fail)?;
-        // Only a wish: small pages do as well, more slowly.
-        #[cfg(target_os = "linux")]
-        let _ = memory.advise(memmap2::Advice::HugePage);
-        memory.par_chunks_mut(Self::PAGE).for_each(|page| page.fill(0));
-        context.bind()?;
-        let start = memory.as_mut_ptr().cast();
-        // SAFETY: the context is current, and the memory is mapped until `drop` unlocks it.
-        let answer = unsafe { sys::cuMemHostRegister_v2(start, memory.len(), 0) };
-        check("locking host memory", answer.result())?;
-        Ok(PinnedMemory { context: context.clone(), memory })
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.memory.len()
-    }
-
-    pub fn as_slice(&self) -> &[u8] {
-        &self.memory
-    }
-
-    pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut self.memory
-    }
-}
-
-impl Drop for PinnedMemory {
-    fn drop(&mut self) {
-        let _ = self.context.bind();
-        // SAFETY: locked in `new`, unlocked once, before the memory is unmapped.
-        let _ = unsafe { sys::cuMemHostUnregister(self.memory.as_mut_ptr().cast()) };
-    }
-}
-
-/// Compiled kernels of one source file.
-pub(super) struct Module {
-    context: Arc<Context>,
-    module: sys::CUmodule,
-}
-
-// SAFETY: modules may be used from any thread.
-unsafe impl Send for Module {}
-// SAFETY: as above.
-unsafe impl Sync for Module {}
-
-impl Module {
-    /// Loads a cubin or, zero-terminated, PTX.
-    pub fn new(context: &Arc<Context>, file: &str, image: &[u8]) -> Result<Module> {
-        context.bind()?;
-        // SAFETY: the image is complete: a cubin knows its own length, PTX ends with zero.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
-        let module = check(&format!("loading the kernels of {file}"), module)?;
-        Ok(Module { context: context.clone(), module })
-    }
-
-    /// The kernel `name`, run with blocks of `block` threads and `shared` bytes of dynamic
-    /// shared memory.
-    pub fn kernel(&self, name: &'static str, block: u32, shared: u32) -> Result<Kernel> {
-        let symbol =
-            CString::new(name).map_err(|e| Error::device(format!("kernel {name:?}")).because(e))?;
-        // SAFETY: the module is alive.
-        let function = unsafe { result::module::get_function(self.module, symbol) };
-        let function = check(&format!("looking for the kernel {name}"), function)?;
-        // Without asking, 48 KiB is the limit.
-        if shared > 48 << 10 {
-            let attribute =
-                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function is valid.
-            let answer = unsafe {
-                result::function::set_function_attribute(function, attribute, shared as i32)
-            };
-            check(&format!("reserving shared memory for {name}"), answer)?;
-        }
-        Ok(Kernel { function, name, block, shared })
-    }
-
-    /// How many clusters of `size` blocks of one of this module's kernels run at one time.
-    pub fn clusters(&self, kernel: &Kernel, size: u32) -> Result<u32> {
-        self.context.bind()?;
-        let extent = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: size, y: 1, z: 1 };
-        let mut cluster = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { clusterDim: extent },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: size,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: kernel.block,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: kernel.shared,
-            hStream: std::ptr::null_mut(),
-            attrs: &raw mut cluster,
-            numAttrs: 1,
-        };
-        let mut count = 0;
-        // SAFETY: the function is valid while the module is alive, and the configuration and its
-        // one attribute outlive the call.
-        let answer = unsafe {
-            sys::cuOccupancyMaxActiveClusters(&raw mut count, kernel.function, &raw const config)
-        };
-        let doing = format!("counting the clusters of {} that it runs at one time", kernel.name);
-        check(&doing, answer.result())?;
-        Ok(count.max(0) as u32)
-    }
-}
-
-impl Drop for Module {
-    fn drop(&mut self) {
-        let _ = self.context.bind();
-        // SAFETY: loaded in `new`, unloaded once, after the kernels that came from it.
-        let _ = unsafe { result::module::unload(self.module) };
-    }
-}
-
-/// One entry point of a [`Module`], which must outlive it.
-#[derive(Clone, Copy)]
-pub(super) struct Kernel {
-    function: sys::CUfunction,
-    pub name: &'static str,
-    /// Threads of a block.
-    pub block: u32,
-    /// Dynamic shared memory of a block in bytes.
-    pub shared: u32,
-}
-
-// SAFETY: functions may be launched from any thread.
-unsafe impl Send for Kernel {}
-// SAFETY: as above.
-unsafe impl Sync for Kernel {}
