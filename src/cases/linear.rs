@@ -216,12 +216,6 @@ fn small() -> Vec<Case> {
     cases.push(linear(Kind::Store, 1, &[8], 8).without_bias().case());
     cases.push(linear(Kind::Store, 2, &[72], 64).into_f32().strided(false, true).case());
     cases.push(Linear { patches: true, ..linear(Kind::Store, 6, &[24], 64) }.case());
-    // What takes little work of the kernels for few rows; see `few_rows` for the others.
-    for (m, n, k) in [(3, 24, 520), (3, 3080, 1544), (3, 17208, 8), (65, 8808, 8), (131, 12808, 8)]
-    {
-        cases.push(linear(Kind::Gated { runs: 2 }, m, &[n], k).case());
-        cases.push(linear(Kind::Store, m, &[n], k).into_f32().strided(false, true).case());
-    }
     cases.extend(
         (1..=6).map(|runs| linear(Kind::Gated { runs }, 70, &[16], 8).without_bias().case()),
     );
@@ -281,7 +275,6 @@ fn few_rows() -> Vec<Case> {
         for kind in Kind::ALL {
             cases.push(linear(kind, m, &[n], k).case());
         }
-        cases.push(linear(Kind::Store, m, &[n], k).into_f32().case());
     }
     // Many steps, so that every stage of a ring is used again, and all rows of a tile.
     for (m, n, k) in [
@@ -296,7 +289,8 @@ fn few_rows() -> Vec<Case> {
     ] {
         let gated = linear(Kind::Gated { runs: 4 }, m, &[n], k).without_bias();
         cases.push(gated.clone().strided(true, true).case());
-        cases.push(gated.into_f32().strided(false, true).case());
+        cases.push(linear(Kind::Store, m, &[n], k).into_f32().strided(false, true).case());
+        cases.push(gated.into_f32().case());
     }
     // Blocks that stay, with a last row in a tile of its own.
     for kind in [Kind::Store, Kind::Accumulate, Kind::Gated { runs: 3 }] {
