@@ -5,8 +5,7 @@
 //   epilogue 2  out[r, c] += gate[sample_of(r) · ld_gate + c] · (x·Wᵀ + bias)
 //
 // Layout: row-major, rows ldx, ldw, ldo elements apart. Precision: bf16 in, f32 products and sums
-// (k in steps of 16 in one fixed order; _split2 and _split4 add up 2 or 4 such sums of neighbouring
-// shares of k, the first share first), f32 epilogue, one rounding to bf16 (none where the output is f32).
+// (k in steps of 16 in one fixed order), f32 epilogue, one rounding to bf16 (none in the _f32 kernels).
 //
 // Limits: n % 8 == 0 and k % 8 == 0; any m ≥ 1, tails included. x, weight, out and bias 16-byte
 // aligned, ldx, ldw and ldo multiples of 8 elements; gate 16-byte aligned, ld_gate % 4 == 0. The
@@ -14,8 +13,7 @@
 //
 // Tensor maps (bf16, 128-byte swizzle, no interleave, zero fill outside, element strides 1):
 //   a: (k, m), stride ldx·2 bytes, box 64 × rows;   b: (k, n), stride ldw·2 bytes, box 64 × columns
-//   c: (n, m), stride ldo·2 bytes, box 64 × 16, of the output; any bytes will do for the _f32 and the
-//      _split kernels
+//   c: (n, m), stride ldo·2 bytes, box 64 × 16, of the output; any bytes will do for the _f32 kernels
 // with, per entry point,
 //                            tile      box rows of a, b   stages   dynamic shared memory
 //   gemm_sm90_128x128_pair   128×128   128,  64           6        229536    cluster of 2, in turn
@@ -24,33 +22,18 @@
 //   gemm_sm90_128x128_f32    128×128   128, 128           6        229472
 //   gemm_sm90_128x64_f32     128×64    128,  64           8        229504
 //
-// and, for bf16 and f32 outputs (out_f32) alike, kernels that share the k-steps of a tile
-//                              tile      box rows of a, b   stages   shared memory   threads   cluster
-//   gemm_sm90_64x96_split1     64×96      64,  96           10       205000          256       1
-//   gemm_sm90_64x96_split4     64×96      64,  96           10       205000          256       4
-//   gemm_sm90_128x128_split2   128×128   128, 128           7        229560          384       2
-//   gemm_sm90_128x128_split4   128×128   128, 128           7        229560          384       4
-//   gemm_sm90_128x160_split1   128×160   128, 160           6        221352          384       1
-//   gemm_sm90_192x96_split1    192×96    192,  96           6        221384          512       1
-//   gemm_sm90_192x128_split4   192×128   192, 128           5        204984          512       4
-//   gemm_sm90_192x160_split1   192×160   192, 160           5        225464          512       1
-//
-// Launch of the first: 384 threads; grid.x = min(multiprocessors, tiles) blocks, for a pair the largest
-// multiple of 2 not above min(multiprocessors, 2 · pairs), where tiles = ⌈m / rows⌉ · ⌈n / columns⌉ and
-// pairs = ⌈m / (2 · rows)⌉ · ⌈n / columns⌉. Of the others: grid.x = tiles · cluster, of which any number
-// may run at one time. The cluster size is compiled in.
+// Launch: 384 threads; grid.x = min(multiprocessors, tiles) blocks, for a pair the largest multiple
+// of 2 not above min(multiprocessors, 2 · pairs), where tiles = ⌈m / rows⌉ · ⌈n / columns⌉ and
+// pairs = ⌈m / (2 · rows)⌉ · ⌈n / columns⌉. The cluster size is compiled in.
 //
 // Why so: see lib/gemm_sm90.cuh. With k of 1536 the end of a tile is a fifth of its time where both
 // consumers share it; taking tiles in turn hides that where each block has several. 128 × 192 divides
-// the widths of the models without waste. With few rows the time is that of reading the weights, which
-// needs all multiprocessors: the others (lib/split_sm90.cuh) have tiles whose numbers come close to
-// 132 in one round, sharing k where n alone has too few, and read the weights once for up to 192 rows.
+// the widths of the models without waste; the small tile fills the device when there are few rows.
 
 #include <type_traits>
 
 #include "lib/epilogue.cuh"
 #include "lib/gemm_sm90.cuh"
-#include "lib/split_sm90.cuh"
 
 struct GemmSm90Params {
     TensorMap a, b, c;
@@ -241,22 +224,6 @@ private:
     float2 gate[8];
 };
 
-// The end of every way but BoxFinish: eight neighbouring values of a row, with what belongs to them.
-template <typename Out>
-__device__ __forceinline__ void finish_octet(const GemmSm90Params& p, float (&v)[8], const Octet<bf16>& bias,
-                                             const Octet<Out>& old, const Octet<float>& gate, Out* to) {
-    bias.add_to(v);
-    if (p.epilogue == kStore) {
-        activate_all(v, p.activation);
-    } else {
-        if (p.epilogue == kGatedAccumulate) gate.multiply(v);
-        old.add_to(v);
-    }
-    Octet<Out> result;
-    result.round(v);
-    result.write(to);
-}
-
 template <class Tile, typename Out>
 struct Gemm {
     const GemmSm90Params& p;
@@ -317,11 +284,20 @@ struct Gemm {
             if (!inside || row >= p.m) continue;
             float v[8];
             staged_group(v, staging, lane / 8 + 4 * i, lane % 8);
-            Octet<float> gate;
-            if (p.epilogue == kGatedAccumulate) {
-                gate.read(p.gate + p.groups.sample_of(row) * p.ld_gate + column);
+            bias.add_to(v);
+            if (adds) {
+                if (p.epilogue == kGatedAccumulate) {
+                    Octet<float> gate;
+                    gate.read(p.gate + p.groups.sample_of(row) * p.ld_gate + column);
+                    gate.multiply(v);
+                }
+                old[i].add_to(v);
+            } else {
+                activate_all(v, p.activation);
             }
-            finish_octet(p, v, bias, old[i], gate, out + 4 * i * p.ldo);
+            Octet<Out> result;
+            result.round(v);
+            result.write(out + 4 * i * p.ldo);
         }
     }
 };
@@ -335,97 +311,6 @@ __device__ __forceinline__ void gemm(const GemmSm90Params& p) {
     multiply_tiles<Tile>(Gemm<Tile, Out>{p});
 }
 
-// A place of which a block multiplies k-steps `first` to `first + steps`.
-struct SplitPlace {
-    int row, column;
-    int first, steps;
-};
-
-template <class Tile>
-struct SplitGemm {
-    const GemmSm90Params& p;
-
-    using Place = SplitPlace;
-
-    __device__ __forceinline__ Place place(int tile, int rank) const {
-        const int rows = (p.m + Tile::kRows - 1) / Tile::kRows, columns = (p.n + Tile::kCols - 1) / Tile::kCols;
-        const TilePosition at(tile, rows, columns);
-        const int steps = (p.k + Tile::kDepth - 1) / Tile::kDepth;
-        const int first = steps * rank / Tile::kSplits, end = steps * (rank + 1) / Tile::kSplits;
-        const bool none = first == end;
-        // Who has no share takes the step after the last, which is all zeros.
-        return {at.row * Tile::kRows, at.column * Tile::kCols, none ? steps : first, none ? 1 : end - first};
-    }
-    __device__ __forceinline__ int column(const Place& place) const { return place.column; }
-    __device__ __forceinline__ int steps(const Place& place) const { return place.steps; }
-    __device__ __forceinline__ const TensorMap* columns_map() const { return &p.b; }
-    __device__ __forceinline__ bool has_row(const Place& place, int row) const { return place.row + row < p.m; }
-
-    template <class Step>
-    __device__ __forceinline__ void each_step(const Place& place, const Step& step) const {
-        for (int i = 0; i < place.steps; ++i) {
-            const int k = (place.first + i) * Tile::kDepth;
-            step([&](uint32_t to, uint32_t barrier) { copy_box_2d(to, &p.a, barrier, k, place.row); }, k);
-        }
-    }
-
-    __device__ __forceinline__ void finish(const Place& place, int row, const Exchange<Tile>& exchange) const {
-        if (p.out_f32) {
-            finish_as<float>(place, row, exchange);
-        } else {
-            finish_as<bf16>(place, row, exchange);
-        }
-    }
-
-private:
-    template <typename Out>
-    __device__ __forceinline__ void finish_as(const Place& place, int row, const Exchange<Tile>& exchange) const {
-        constexpr int kItems = Exchange<Tile>::kItems;
-        // Items of a lane that are read ahead together.
-        constexpr int kBatch = kItems % 5 == 0 ? 5 : kItems % 4 == 0 ? 4 : kItems % 3 == 0 ? 3 : 2;
-        static_assert(kItems % kBatch == 0);
-        // Not unrolled: the epilogue is long.
-#pragma unroll 1
-        for (int first = 0; first < kItems; first += kBatch) {
-            Octet<bf16> bias[kBatch];
-            Octet<Out> old[kBatch];
-            Octet<float> gate[kBatch];
-            Out* to[kBatch];
-            // The last columns of the tile may lie beyond the tile's or the matrix' edge.
-            bool inside[kBatch];
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int tile_column = exchange.item_column(first + i);
-                const int r = place.row + row + exchange.item_row(first + i), c = place.column + tile_column;
-                inside[i] = r < p.m && c < p.n && tile_column < Tile::kCols;
-                to[i] = static_cast<Out*>(p.out) + r * p.ldo + c;
-                if (!inside[i]) continue;
-                if (p.bias != nullptr) bias[i].read(p.bias + c);
-                if (p.epilogue != kStore) old[i].read(to[i]);
-                if (p.epilogue == kGatedAccumulate) {
-                    gate[i].read(p.gate + p.groups.sample_of(r) * p.ld_gate + c);
-                }
-            }
-            if (first == 0) exchange.wait();
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                float v[8];
-                exchange.sum(v, first + i);
-                if (inside[i]) finish_octet(p, v, bias[i], old[i], gate[i], to[i]);
-            }
-        }
-    }
-};
-
-template <class Tile>
-__device__ __forceinline__ void split_gemm(const GemmSm90Params& p) {
-    if (threadIdx.x == 0) {
-        prefetch_tensor_map(&p.a);
-        prefetch_tensor_map(&p.b);
-    }
-    multiply_split_tile<Tile>(SplitGemm<Tile>{p});
-}
-
 // Entry points; __launch_bounds__(…, 1) is what lets the warpgroups share out the registers anew.
 #define GEMM_KERNEL(name, Out, ...)                                          \
     extern "C" __global__ void __launch_bounds__(384, 1)                     \
@@ -437,11 +322,6 @@ __device__ __forceinline__ void split_gemm(const GemmSm90Params& p) {
         name(const __grid_constant__ GemmSm90Params p) {                     \
         gemm<Tile<__VA_ARGS__>, Out>(p);                                     \
     }
-#define GEMM_SPLIT_KERNEL(rows, columns, splits)                                                          \
-    extern "C" __global__ void __cluster_dims__(splits, 1, 1) __launch_bounds__(rows * 2 + 128, 1)        \
-        gemm_sm90_##rows##x##columns##_split##splits(const __grid_constant__ GemmSm90Params p) {          \
-        split_gemm<SplitTile<rows, columns, splits>>(p);                                                  \
-    }
 
 // Rows, columns, cluster, whether consumers take tiles in turn, boxes of a warp.
 GEMM_PAIR_KERNEL(gemm_sm90_128x128_pair, bf16, 128, 128, 2, true, 2)
@@ -449,13 +329,3 @@ GEMM_KERNEL(gemm_sm90_128x192, bf16, 128, 192, 1, false, 3)
 GEMM_KERNEL(gemm_sm90_128x64, bf16, 128, 64, 1, false, 1)
 GEMM_KERNEL(gemm_sm90_128x128_f32, float, 128, 128, 1)
 GEMM_KERNEL(gemm_sm90_128x64_f32, float, 128, 64, 1)
-
-// Rows, columns, blocks that share the inner dimension.
-GEMM_SPLIT_KERNEL(64, 96, 1)
-GEMM_SPLIT_KERNEL(64, 96, 4)
-GEMM_SPLIT_KERNEL(128, 128, 2)
-GEMM_SPLIT_KERNEL(128, 128, 4)
-GEMM_SPLIT_KERNEL(128, 160, 1)
-GEMM_SPLIT_KERNEL(192, 96, 1)
-GEMM_SPLIT_KERNEL(192, 128, 4)
-GEMM_SPLIT_KERNEL(192, 160, 1)

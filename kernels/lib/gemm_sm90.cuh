@@ -32,43 +32,35 @@
 //     void finish(const Place&, row, d)     stores the sums of the 16 rows from `row` of the tile and,
 //                                           for each further fragment, those 64 below
 //     void drain()                          at the end of the block
-// StagedFinish is one of these. For tiles whose inner dimension several blocks share see split_sm90.cuh.
+// StagedFinish is one of these.
 #pragma once
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
-// What a stage of the ring holds.
-template <int kRows_, int kCols_>
-struct StageOf {
-    static constexpr int kRows = kRows_;
-    static constexpr int kCols = kCols_;
-    static constexpr int kDepth = 64;
-    static constexpr int kRowBytes = kDepth * 2;
-    static constexpr int kBytesA = kRows * kRowBytes;
-    static constexpr int kBytesB = kCols * kRowBytes;
-    static constexpr int kStageBytes = kBytesA + kBytesB;
-    static constexpr int kMostShared = 227 * 1024;
-    static_assert(kStageBytes % 1024 == 0);
-};
-
 // kBuffers_ is what Finish keeps for each warp: boxes of 16 rows × 64 columns of bf16, or if 0 one of f32.
 template <int kRows_, int kCols_, int kCluster_, bool kPingPong_ = false, int kBuffers_ = 0>
-struct Tile : StageOf<kRows_, kCols_> {
-    using Stage = StageOf<kRows_, kCols_>;
-    using Stage::kRows, Stage::kCols, Stage::kStageBytes, Stage::kMostShared;
+struct Tile {
+    static constexpr int kRows = kRows_;
+    static constexpr int kCols = kCols_;
     static constexpr int kCluster = kCluster_;
+    static constexpr int kDepth = 64;
     static constexpr bool kPingPong = kPingPong_;
     static constexpr int kConsumers = 2;
     static constexpr int kThreads = 128 * (kConsumers + 1);
     // Consumers that read each stage, and products of 64 rows that one of them holds.
     static constexpr int kReaders = kPingPong ? 1 : kConsumers;
     static constexpr int kFragments = kRows / (64 * kReaders);
+    static constexpr int kRowBytes = kDepth * 2;
+    static constexpr int kBytesA = kRows * kRowBytes;
+    static constexpr int kBytesB = kCols * kRowBytes;
+    static constexpr int kStageBytes = kBytesA + kBytesB;
     static constexpr int kWarps = 4 * kConsumers;
     static constexpr int kBuffers = kBuffers_;
     static constexpr int kBufferBytes = 16 * 64 * 2;
     static constexpr int kStagingFloats = 16 * 64;
     static constexpr int kStagingBytes = kWarps * (kBuffers > 0 ? kBuffers * kBufferBytes : kStagingFloats * 4);
+    static constexpr int kMostShared = 227 * 1024;
     static constexpr int kFit = (kMostShared - kStagingBytes - 256) / kStageBytes;
     static constexpr int kStages = kFit < 8 ? kFit : 8;
     static constexpr int kStaging = kStages * kStageBytes;
@@ -79,7 +71,7 @@ struct Tile : StageOf<kRows_, kCols_> {
     static constexpr int kProducerRegisters = kPingPong ? 24 : 40;
     static constexpr int kConsumerRegisters = kPingPong ? 240 : 232;
     static_assert(kStages >= 4 && kBarriers % 8 == 0 && kSharedBytes <= kMostShared);
-    static_assert(kRows % (64 * kReaders) == 0 && kCols % 64 == 0);
+    static_assert(kRows % (64 * kReaders) == 0 && kCols % 64 == 0 && kStageBytes % 1024 == 0);
 };
 
 // The position of one side (producer or consumer) in the ring.
@@ -262,33 +254,27 @@ struct Octet<float> {
     }
 };
 
-// Brings the operands of one tile into the ring.
-template <class Tile, class Problem>
-__device__ __forceinline__ void fill_ring(const Problem& problem, Ring<Tile>& ring,
-                                          const typename Problem::Place& place, int rank) {
-    const int column = problem.column(place);
-    problem.each_step(place, [&](const auto& copy_rows, int k) {
-        barrier_wait(ring.empty(), ring.parity ^ 1);
-        barrier_expect(ring.full(), Tile::kStageBytes);
-        copy_rows(ring.a(), ring.full());
-        if constexpr (Tile::kCluster == 1) {
-            copy_box_2d(ring.b(), problem.columns_map(), ring.full(), k, column);
-        } else {
-            copy_box_2d_multicast(ring.b() + rank * (Tile::kBytesB / Tile::kCluster),
-                                  problem.columns_map(), ring.full(), k,
-                                  column + rank * (Tile::kCols / Tile::kCluster),
-                                  (1 << Tile::kCluster) - 1);
-        }
-        ring.advance();
-    });
-}
-
 template <class Tile, class Problem>
 __device__ __forceinline__ void produce(const Problem& problem, uint32_t shared, int rank) {
     Ring<Tile> ring{shared};
     const int step_of_tiles = gridDim.x / Tile::kCluster;
     for (int tile = blockIdx.x / Tile::kCluster; tile < problem.tiles(); tile += step_of_tiles) {
-        fill_ring(problem, ring, problem.place(tile, rank), rank);
+        const typename Problem::Place place = problem.place(tile, rank);
+        const int column = problem.column(place);
+        problem.each_step(place, [&](const auto& copy_rows, int k) {
+            barrier_wait(ring.empty(), ring.parity ^ 1);
+            barrier_expect(ring.full(), Tile::kStageBytes);
+            copy_rows(ring.a(), ring.full());
+            if constexpr (Tile::kCluster == 1) {
+                copy_box_2d(ring.b(), problem.columns_map(), ring.full(), k, column);
+            } else {
+                copy_box_2d_multicast(ring.b() + rank * (Tile::kBytesB / Tile::kCluster),
+                                      problem.columns_map(), ring.full(), k,
+                                      column + rank * (Tile::kCols / Tile::kCluster),
+                                      (1 << Tile::kCluster) - 1);
+            }
+            ring.advance();
+        });
     }
 }
 
@@ -301,41 +287,6 @@ __device__ __forceinline__ void hand_back(uint32_t empty) {
     } else {
         if (lane < Tile::kCluster) barrier_arrive_at(empty, lane);
     }
-}
-
-// The products of one tile for the rows from `row` of it; `after(step)` is called once those of a step
-// have been queued. The last ones are still under way at the end, and their stage, whose barrier is
-// returned, is still to be handed back.
-template <class Tile, class After>
-__device__ __forceinline__ uint32_t multiply_steps(Ring<Tile>& ring, int steps, int row,
-                                                   float (&d)[Tile::kFragments][Tile::kCols / 2],
-                                                   const After& after) {
-    uint32_t previous = 0;
-#pragma unroll
-    for (int f = 0; f < Tile::kFragments; ++f) wgmma_pin(d[f]);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-        barrier_wait(ring.full(), ring.parity);
-        const uint64_t a = descriptor::k_major(ring.a() + row * Tile::kRowBytes);
-        const uint64_t b = descriptor::k_major(ring.b());
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < Tile::kDepth / 16; ++k) {
-#pragma unroll
-            for (int f = 0; f < Tile::kFragments; ++f) {
-                Wgmma<Tile::kCols>::template ss<false>(
-                    d[f], descriptor::advance(a, f * 64 * Tile::kRowBytes + k * 32),
-                    descriptor::advance(b, k * 32), step > 0 || k > 0);
-            }
-        }
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (step > 0) hand_back<Tile>(previous);
-        previous = ring.empty();
-        ring.advance();
-        after(step);
-    }
-    return previous;
 }
 
 template <class Tile, class Problem>
@@ -363,9 +314,31 @@ __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared,
         }
         // Late enough that the stores of the tile before have read shared memory.
         const int ahead = min(2, steps - 1);
-        const uint32_t previous = multiply_steps<Tile>(ring, steps, consumer_row, d, [&](int step) {
+        uint32_t previous = 0;
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) wgmma_pin(d[f]);
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            barrier_wait(ring.full(), ring.parity);
+            const uint64_t a = descriptor::k_major(ring.a() + consumer_row * Tile::kRowBytes);
+            const uint64_t b = descriptor::k_major(ring.b());
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < Tile::kDepth / 16; ++k) {
+#pragma unroll
+                for (int f = 0; f < Tile::kFragments; ++f) {
+                    Wgmma<Tile::kCols>::template ss<false>(
+                        d[f], descriptor::advance(a, f * 64 * Tile::kRowBytes + k * 32),
+                        descriptor::advance(b, k * 32), step > 0 || k > 0);
+                }
+            }
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (step > 0) hand_back<Tile>(previous);
+            previous = ring.empty();
+            ring.advance();
             if (step == ahead) finish.ahead(place, warp_row);
-        });
+        }
         // The turn of the other consumer, where there is a further tile.
         if constexpr (Tile::kPingPong) {
             if (tile + step_of_tiles < problem.tiles()) named_barrier_arrive(2 - consumer, 256);

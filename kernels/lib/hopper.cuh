@@ -150,54 +150,9 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 
 // All threads of all blocks of the cluster, each warp converged. Orders their memory accesses. A
 // block may not end while another can still write to its shared memory.
-__device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
-}
-// The same without ordering memory accesses: enough after `barrier_init_fence`, and no memory barrier.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
-}
 __device__ __forceinline__ void cluster_sync() {
-    cluster_arrive();
-    cluster_wait();
-}
-
-// The same address in the shared memory of the block of rank `rank`, one's own included, as
-// `store_async` takes it.
-__device__ __forceinline__ uint32_t address_at(uint32_t address, int rank) {
-    uint32_t remote;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(remote) : "r"(address), "r"(rank));
-    return remote;
-}
-
-// Writes 16 bytes to the shared memory of a block of the cluster and counts them on a barrier there,
-// both named by `address_at`. Who has waited for the barrier with `barrier_wait_cluster` sees them.
-__device__ __forceinline__ void store_async(uint32_t to, uint32_t barrier, float x, float y, float z,
-                                            float w) {
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, "
-        "[%1];\n" ::"r"(to),
-        "r"(barrier), "f"(x), "f"(y), "f"(z), "f"(w)
-        : "memory");
-}
-
-// As `barrier_wait`, for what threads of other blocks have done before they arrived.
-__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    do {
-        asm volatile(
-            "{\n"
-            ".reg .pred ended;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, ended;\n"
-            "}\n"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (done == 0);
+    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
 // Arrives at the barrier that lies at this address in the block of rank `rank`.

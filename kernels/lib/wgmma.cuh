@@ -63,12 +63,11 @@ struct Wgmma;
 #define WGMMA_R64                                                  \
     WGMMA_R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57" \
               ", %58, %59, %60, %61, %62, %63"
-#define WGMMA_R80                                                  \
-    WGMMA_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73" \
-              ", %74, %75, %76, %77, %78, %79"
 #define WGMMA_R96                                                  \
-    WGMMA_R80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89" \
-              ", %90, %91, %92, %93, %94, %95"
+    WGMMA_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73" \
+              ", %74, %75, %76, %77, %78, %79, %80, %81, %82, %83" \
+              ", %84, %85, %86, %87, %88, %89, %90, %91, %92, %93" \
+              ", %94, %95"
 #define WGMMA_R128                                                           \
     WGMMA_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105"     \
               ", %106, %107, %108, %109, %110, %111, %112, %113, %114, %115" \
@@ -82,8 +81,9 @@ struct Wgmma;
 #define WGMMA_D32 WGMMA_D16, WGMMA_AT(16), WGMMA_AT(20), WGMMA_AT(24), WGMMA_AT(28)
 #define WGMMA_D48 WGMMA_D32, WGMMA_AT(32), WGMMA_AT(36), WGMMA_AT(40), WGMMA_AT(44)
 #define WGMMA_D64 WGMMA_D48, WGMMA_AT(48), WGMMA_AT(52), WGMMA_AT(56), WGMMA_AT(60)
-#define WGMMA_D80 WGMMA_D64, WGMMA_AT(64), WGMMA_AT(68), WGMMA_AT(72), WGMMA_AT(76)
-#define WGMMA_D96 WGMMA_D80, WGMMA_AT(80), WGMMA_AT(84), WGMMA_AT(88), WGMMA_AT(92)
+#define WGMMA_D96                                                                       \
+    WGMMA_D64, WGMMA_AT(64), WGMMA_AT(68), WGMMA_AT(72), WGMMA_AT(76), WGMMA_AT(80),    \
+        WGMMA_AT(84), WGMMA_AT(88), WGMMA_AT(92)
 #define WGMMA_D128                                                                      \
     WGMMA_D96, WGMMA_AT(96), WGMMA_AT(100), WGMMA_AT(104), WGMMA_AT(108), WGMMA_AT(112), \
         WGMMA_AT(116), WGMMA_AT(120), WGMMA_AT(124)
@@ -123,14 +123,12 @@ WGMMA_SHAPE(32, 16, 16, 17, 18, 19, 20, 21, 22)
 WGMMA_SHAPE(64, 32, 32, 33, 34, 35, 36, 37, 38)
 WGMMA_SHAPE(96, 48, 48, 49, 50, 51, 52, 53, 54)
 WGMMA_SHAPE(128, 64, 64, 65, 66, 67, 68, 69, 70)
-WGMMA_SHAPE(160, 80, 80, 81, 82, 83, 84, 85, 86)
 WGMMA_SHAPE(192, 96, 96, 97, 98, 99, 100, 101, 102)
 WGMMA_SHAPE(256, 128, 128, 129, 130, 131, 132, 133, 134)
 
 #undef WGMMA_SHAPE
 #undef WGMMA_D128
 #undef WGMMA_D96
-#undef WGMMA_D80
 #undef WGMMA_D64
 #undef WGMMA_D48
 #undef WGMMA_D32
@@ -140,7 +138,6 @@ WGMMA_SHAPE(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef WGMMA_AT
 #undef WGMMA_R128
 #undef WGMMA_R96
-#undef WGMMA_R80
 #undef WGMMA_R64
 #undef WGMMA_R48
 #undef WGMMA_R32

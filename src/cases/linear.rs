@@ -253,50 +253,7 @@ fn test() -> Vec<Case> {
     }
     cases.push(linear(Kind::Store, 63, &[72], 6144).case());
     cases.push(linear(Kind::Accumulate, 65, &[136], 10240).without_bias().case());
-    cases.extend(few_rows());
     cases.extend(structured());
-    cases
-}
-
-/// What a large GPU divides among its multiprocessors in other ways: many weights for few
-/// rows. Rows, columns and inner dimension end within a tile, and so do the shares of the
-/// latter where several blocks share it.
-fn few_rows() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (m, n, k) in [
-        (65, 200, 520),
-        (77, 200, 1352),
-        (3, 3080, 1544),
-        (3, 4120, 4104),
-        (131, 10248, 72),
-        (131, 12296, 72),
-        (131, 12808, 72),
-    ] {
-        for kind in Kind::ALL {
-            cases.push(linear(kind, m, &[n], k).case());
-        }
-    }
-    // Many steps, so that every stage of a ring is used again, and all rows of a tile.
-    for (m, n, k) in [
-        (3, 8808, 1544),
-        (33, 200, 5128),
-        (475, 1560, 1544),
-        (131, 1544, 4104),
-        (131, 2120, 4104),
-        (131, 10248, 520),
-        (131, 12296, 520),
-        (131, 12808, 520),
-    ] {
-        let gated = linear(Kind::Gated { runs: 4 }, m, &[n], k).without_bias();
-        cases.push(gated.clone().strided(true, true).case());
-        cases.push(linear(Kind::Store, m, &[n], k).into_f32().strided(false, true).case());
-        cases.push(gated.into_f32().case());
-    }
-    // Blocks that stay, with a last row in a tile of its own.
-    for kind in [Kind::Store, Kind::Accumulate, Kind::Gated { runs: 3 }] {
-        cases.push(linear(kind, 259, &[7048], 72).case());
-        cases.push(linear(kind, 129, &[6152], 72).into_f32().case());
-    }
     cases
 }
 
@@ -378,16 +335,6 @@ fn bench() -> Vec<Case> {
     cases.push(t5(Kind::Store, &[4096, 4096, 4096], 4096));
     cases.push(t5(Kind::Store, &[10240, 10240], 4096));
     cases.push(t5(Kind::Accumulate, &[4096], 10240));
-    // The same with rows that end in a second tile, and the layer that these have not.
-    for m in [128, 140] {
-        cases.push(linear(Kind::Accumulate, m, &[4096], 4096).without_bias().case());
-    }
-    let t5 = |kind, n: &[usize], k| linear(kind, 140, n, k).without_bias().case();
-    cases.push(t5(Kind::Store, &[4096, 4096, 4096], 4096));
-    cases.push(t5(Kind::Store, &[10240, 10240], 4096));
-    cases.push(t5(Kind::Accumulate, &[4096], 10240));
-    cases.push(linear(Kind::Store, 77, &[1280, 1280, 1280], 1280).case());
-    cases.push(linear(Kind::Accumulate, 77, &[1280], 5120).case());
     cases.push(linear(Kind::Store, 120, &[9216], 1536).into_f32().case());
     cases.push(linear(Kind::Store, 140, &[1536], 4096).case());
     cases.push(Linear { patches: true, ..linear(Kind::Store, 3840, &[1536], 64) }.case());

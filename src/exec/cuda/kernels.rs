@@ -99,14 +99,6 @@ const FILES: &[File] = &[
             ("gemm_sm90_128x64", 384, 213_184),
             ("gemm_sm90_128x128_f32", 384, 229_472),
             ("gemm_sm90_128x64_f32", 384, 229_504),
-            ("gemm_sm90_64x96_split1", 256, 205_000),
-            ("gemm_sm90_64x96_split4", 256, 205_000),
-            ("gemm_sm90_128x128_split2", 384, 229_560),
-            ("gemm_sm90_128x128_split4", 384, 229_560),
-            ("gemm_sm90_128x160_split1", 384, 221_352),
-            ("gemm_sm90_192x96_split1", 512, 221_384),
-            ("gemm_sm90_192x128_split4", 512, 204_984),
-            ("gemm_sm90_192x160_split1", 512, 225_464),
         ],
     },
     File {
@@ -133,18 +125,12 @@ const FILES: &[File] = &[
     },
 ];
 
-/// A kernel of this cluster size.
-const IN_CLUSTERS_OF_4: &str = "gemm_sm90_128x128_split4";
-
 /// The kernels that run on one GPU.
 pub(super) struct Kernels {
     modules: Vec<Arc<Module>>,
     kernels: HashMap<&'static str, Kernel>,
     /// Number of multiprocessors.
     pub multiprocessors: u32,
-    /// Number of clusters of 4 blocks, each with all of a multiprocessor's shared memory, that
-    /// run at one time; 0 where there are no kernels for sm_90.
-    pub clusters_of_4: u32,
     /// Whether the kernels for sm_90 may be used.
     pub hopper: bool,
 }
@@ -154,7 +140,7 @@ impl Kernels {
     pub fn load(context: &Arc<Context>, capability: (u32, u32)) -> Result<Kernels> {
         let chosen = images::choose(IMAGES, capability);
         let (mut modules, mut kernels) = (Vec::new(), HashMap::new());
-        let (mut hopper, mut clusters_of_4) = (true, 0);
+        let mut hopper = true;
         for file in FILES {
             let Some(image) = chosen.iter().find(|image| image.file == file.name) else {
                 // `probe::require` has seen to it that only variants for sm_90 can be missing.
@@ -163,16 +149,12 @@ impl Kernels {
             };
             let module = Arc::new(Module::new(context, file.name, image.bytes)?);
             for &(name, block, shared) in file.entries {
-                let kernel = module.kernel(name, block, shared)?;
-                if name == IN_CLUSTERS_OF_4 {
-                    clusters_of_4 = module.clusters(&kernel, 4)?;
-                }
-                kernels.insert(name, kernel);
+                kernels.insert(name, module.kernel(name, block, shared)?);
             }
             modules.push(module);
         }
         let multiprocessors = context.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        Ok(Kernels { modules, kernels, multiprocessors, clusters_of_4, hopper })
+        Ok(Kernels { modules, kernels, multiprocessors, hopper })
     }
 
     /// The same without the kernels of one generation.
@@ -181,7 +163,6 @@ impl Kernels {
             modules: self.modules.clone(),
             kernels: self.kernels.clone(),
             multiprocessors: self.multiprocessors,
-            clusters_of_4: 0,
             hopper: false,
         }
     }

@@ -49,38 +49,6 @@ impl Module {
         }
         Ok(Kernel { function, name, block, shared })
     }
-
-    /// How many clusters of `size` blocks of one of this module's kernels run at one time.
-    pub fn clusters(&self, kernel: &Kernel, size: u32) -> Result<u32> {
-        self.context.bind()?;
-        let extent = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: size, y: 1, z: 1 };
-        let mut cluster = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { clusterDim: extent },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: size,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: kernel.block,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: kernel.shared,
-            hStream: std::ptr::null_mut(),
-            attrs: &raw mut cluster,
-            numAttrs: 1,
-        };
-        let mut count = 0;
-        // SAFETY: the function is valid while the module is alive, and the configuration and its
-        // one attribute outlive the call.
-        let answer = unsafe {
-            sys::cuOccupancyMaxActiveClusters(&raw mut count, kernel.function, &raw const config)
-        };
-        let doing = format!("counting the clusters of {} that it runs at one time", kernel.name);
-        check(&doing, answer.result())?;
-        Ok(count.max(0) as u32)
-    }
 }
 
 impl Drop for Module {

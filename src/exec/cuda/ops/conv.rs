@@ -1,6 +1,6 @@
 //! Causal convolutions.
 
-use super::hopper::{self, Room, Tile};
+use super::hopper::{self, Tile};
 use super::{Prepare, int};
 use crate::Result;
 use crate::exec::cuda::kernels::blocks;
@@ -67,8 +67,12 @@ fn select(p: &mut Prepare<'_>, conv: &params::Conv) -> Result<()> {
 }
 
 /// The tiles of `kernels/conv3d_sm90.cu`.
-const HOPPER_TILES: [Tile; 4] =
-    [Tile::new(128, 256).pair(), Tile::new(256, 128), Tile::new(128, 128), Tile::new(128, 64)];
+const HOPPER_TILES: [Tile; 4] = [
+    Tile { rows: 128, columns: 256, cluster: 2, in_turn: false },
+    Tile { rows: 256, columns: 128, cluster: 1, in_turn: false },
+    Tile { rows: 128, columns: 128, cluster: 1, in_turn: false },
+    Tile { rows: 128, columns: 64, cluster: 1, in_turn: false },
+];
 
 /// Whether the kernels for sm_90 take this convolution: stores are of 8 channels to one
 /// place of the output, and an inner dimension of 64 channels should not be mostly padding.
@@ -95,9 +99,10 @@ fn launch_hopper(p: &mut Prepare<'_>, conv: &params::Conv) -> Result<()> {
     let box_width = |rows| best_box_width(rows, [stride_y, stride_x], |w| boxes(rows, w));
     let units = |tile: &Tile| {
         let boxes = boxes(tile.rows, box_width(tile.rows)).div_ceil(tile.cluster);
-        [frames * boxes, cout.div_ceil(tile.columns)]
+        frames * boxes * cout.div_ceil(tile.columns)
     };
-    let (tile, grid) = hopper::cheapest(HOPPER_TILES.iter(), &Room::of(p.kernels), depth, units)?;
+    let multiprocessors = p.kernels.multiprocessors as usize;
+    let (tile, grid) = hopper::cheapest(HOPPER_TILES.iter(), multiprocessors, depth, units)?;
     let box_width = box_width(tile.rows);
     let video = |address, frames| {
         let [_, height, width, channels] = input;

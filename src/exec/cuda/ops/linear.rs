@@ -1,6 +1,6 @@
 //! Matrix products, and which of them go to cuBLASLt.
 
-use super::hopper::{self, Room, Tile};
+use super::hopper::{self, Tile};
 use super::{Prepare, int};
 use crate::exec::cuda::cublaslt::{CublasLt, Fused, Product};
 use crate::exec::cuda::kernels::blocks;
@@ -120,20 +120,19 @@ pub(super) fn linear(
     let multiprocessors = p.kernels.multiprocessors as usize;
     if p.kernels.hopper && fits_hopper(&gemm, out) {
         let f32_out = dtype == DType::F32;
-        let (tile, grid) = hopper_tile([x.rows, out.cols, x.cols], f32_out, &Room::of(p.kernels))?;
+        let tiles = if f32_out { &HOPPER_TILES_F32[..] } else { &HOPPER_TILES };
+        let units = |t: &Tile| x.rows.div_ceil(t.rows * t.cluster) * out.cols.div_ceil(t.columns);
+        let (tile, grid) = hopper::cheapest(tiles.iter(), multiprocessors, x.cols, units)?;
         let (rows, cols) = (out.cols, x.cols);
         let weight = Place { address: gemm.weight, rows, cols, stride: cols, dtype: DType::Bf16 };
         let parameters = params::GemmSm90 {
             a: tensor_map::matrix(x, tile.rows)?,
             b: tensor_map::matrix(weight, tile.columns / tile.cluster)?,
-            c: match f32_out || tile.is_split() {
-                true => bytemuck::Zeroable::zeroed(),
-                false => tensor_map::matrix(out, 16)?,
-            },
+            c: if f32_out { bytemuck::Zeroable::zeroed() } else { tensor_map::matrix(out, 16)? },
             gemm,
             tail: [0; 3],
         };
-        let suffix = if f32_out && !tile.is_split() { "_f32" } else { "" };
+        let suffix = if f32_out { "_f32" } else { "" };
         return p.launch(&format!("gemm_sm90_{tile}{suffix}"), grid, &parameters);
     }
     let (name, rows, columns) = generic_tile(x.rows, out.cols, multiprocessors);
@@ -141,31 +140,16 @@ pub(super) fn linear(
     p.launch(name, [blocks(tiles, 1)?, 1, 1], &gemm)
 }
 
-/// The tiles of `kernels/gemm_sm90.cu` for bf16, for f32, and for both.
-const HOPPER_TILES: [Tile; 3] =
-    [Tile::new(128, 128).pair().in_turn(), Tile::new(128, 192), Tile::new(128, 64)];
-const HOPPER_TILES_F32: [Tile; 2] = [Tile::new(128, 128), Tile::new(128, 64)];
-const HOPPER_TILES_SPLIT: [Tile; 8] = [
-    Tile::new(64, 96).split(1),
-    Tile::new(64, 96).split(4),
-    Tile::new(128, 128).split(2),
-    Tile::new(128, 128).split(4),
-    Tile::new(128, 160).split(1),
-    Tile::new(192, 96).split(1),
-    Tile::new(192, 128).split(4),
-    Tile::new(192, 160).split(1),
+/// The tiles of `kernels/gemm_sm90.cu` for bf16 and for f32.
+const HOPPER_TILES: [Tile; 3] = [
+    Tile { rows: 128, columns: 128, cluster: 2, in_turn: true },
+    Tile { rows: 128, columns: 192, cluster: 1, in_turn: false },
+    Tile { rows: 128, columns: 64, cluster: 1, in_turn: false },
 ];
-
-/// The tile for a product of `m` rows, `n` columns and `k` in between, and the grid.
-fn hopper_tile(
-    [m, n, k]: [usize; 3],
-    f32_out: bool,
-    room: &Room,
-) -> Result<(&'static Tile, [u32; 3])> {
-    let whole = if f32_out { &HOPPER_TILES_F32[..] } else { &HOPPER_TILES };
-    let units = |t: &Tile| [m.div_ceil(t.rows * t.cluster), n.div_ceil(t.columns)];
-    hopper::cheapest(whole.iter().chain(&HOPPER_TILES_SPLIT), room, k, units)
-}
+const HOPPER_TILES_F32: [Tile; 2] = [
+    Tile { rows: 128, columns: 128, cluster: 1, in_turn: false },
+    Tile { rows: 128, columns: 64, cluster: 1, in_turn: false },
+];
 
 /// Whether the kernels for sm_90 take this product.
 fn fits_hopper(gemm: &params::Gemm, out: Place) -> bool {
@@ -199,10 +183,7 @@ pub(super) fn row_groups(groups: &[crate::graph::RowGroup]) -> Result<RowGroups>
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-    use crate::cases::{Scale, cases};
     use crate::graph::RowGroup;
 
     #[test]
@@ -227,76 +208,5 @@ mod tests {
             assert_eq!(of(None, DType::F32), bare_f32, "{epilogue:?}");
             assert_eq!(of(Some(bias), DType::F32), None, "{epilogue:?}");
         }
-    }
-
-    /// An H200 as it may be.
-    const ROOM: Room = Room { multiprocessors: 132, clusters_of_4: 32 };
-
-    #[test]
-    fn few_rows_take_tiles_that_fill_the_device() {
-        let chosen = |shape, room: &Room| {
-            let (tile, grid) = hopper_tile(shape, false, room).expect("a tile");
-            (tile.to_string(), grid)
-        };
-        for (shape, tile, blocks) in [
-            // T5
-            ([140, 12288, 4096], "192x96_split1", 128),
-            ([140, 4096, 4096], "192x128_split4", 128),
-            ([140, 20480, 4096], "192x160_split1", 128),
-            ([140, 4096, 10240], "192x128_split4", 128),
-            ([128, 4096, 10240], "128x128_split4", 128),
-            ([128, 20480, 4096], "128x160_split1", 128),
-            ([140, 1536, 4096], "128x128_split4", 96),
-            // The transformers at their smallest.
-            ([480, 4608, 1536], "128x160_split1", 116),
-            ([480, 1536, 1536], "64x96_split1", 128),
-            ([480, 6144, 1536], "128x192", 128),
-            ([480, 1536, 6144], "128x128_split2", 96),
-            ([480, 1920, 7680], "128x128_split2", 120),
-            ([480, 7680, 1920], "128x128_pair", 132),
-            // CLIP
-            ([77, 3840, 1280], "64x96_split1", 80),
-            ([77, 1280, 1280], "64x96_split4", 112),
-            ([77, 1280, 5120], "64x96_split4", 112),
-            // Tables of the modulation
-            ([2, 9216, 1536], "64x96_split1", 96),
-            // More than one round: blocks that stay.
-            ([8000, 1920, 1920], "128x128_pair", 132),
-            ([20000, 1536, 6144], "128x192", 132),
-        ] {
-            assert_eq!(chosen(shape, &ROOM), (tile.into(), [blocks, 1, 1]), "{shape:?}");
-        }
-        let fewer = Room { clusters_of_4: 30, ..ROOM };
-        assert_eq!(chosen([140, 4096, 4096], &fewer).0, "128x128_split2");
-        let none = Room { clusters_of_4: 0, ..ROOM };
-        assert!(!chosen([77, 1280, 5120], &none).0.ends_with("split4"));
-    }
-
-    /// Otherwise a kernel would go untested.
-    #[test]
-    fn cases_reach_every_tile() {
-        let mut reached = BTreeSet::new();
-        for case in cases(Scale::Test) {
-            for graph in case.record(DType::Bf16).expect("a graph") {
-                for node in graph.nodes() {
-                    let Op::Linear { .. } = node.op else { continue };
-                    let (x, out) = (graph.tensor(node.inputs[0]), graph.tensor(node.output));
-                    let (&[m, k], &[_, n]) = (&x.shape[..], &out.shape[..]) else { continue };
-                    let f32_out = out.dtype == DType::F32;
-                    let (tile, _) = hopper_tile([m, n, k], f32_out, &ROOM).expect("a tile");
-                    reached.insert((tile.to_string(), f32_out));
-                }
-            }
-        }
-        let bf16 = HOPPER_TILES.iter().map(|t| (t, false));
-        let f32 = HOPPER_TILES_F32.iter().map(|t| (t, true));
-        let split = HOPPER_TILES_SPLIT.iter().flat_map(|t| [(t, false), (t, true)]);
-        let missing: Vec<_> = bf16
-            .chain(f32)
-            .chain(split)
-            .map(|(tile, f32_out)| (tile.to_string(), f32_out))
-            .filter(|tile| !reached.contains(tile))
-            .collect();
-        assert!(missing.is_empty(), "{missing:?}");
     }
 }
