@@ -11,7 +11,7 @@ use pyraflow::graph::{
 };
 use pyraflow::models::dit::{Clip, Geometry, StepOutput};
 use pyraflow::models::vae::{Window, record_decoder};
-use pyraflow::pipeline::{Networks, Request, plan, record_step};
+use pyraflow::pipeline::{Networks, PhasePlan, Request, Tiling, plan, record_step};
 use pyraflow::tensor::{DType, WeightSource, WeightView};
 use pyraflow::{Error, Result};
 
@@ -222,6 +222,13 @@ fn plans_of_the_real_models_with_nothing_that_stays() {
     }
     for g in graphs {
         let mut arena = u64::MAX;
+        for near in [Ahead { bytes: 256 << 20, nodes: 4 }, Ahead { bytes: 0, nodes: 1 }] {
+            let plan = Plan::staged(&g, DType::bytes, &Residency::nothing_stays(near));
+            check_stages(&g, &plan);
+            for Staged { node, nodes, .. } in plan.stages() {
+                assert!(nodes.start + near.nodes >= *node && nodes.end <= node + near.nodes);
+            }
+        }
         for ahead in [1 << 40, 512 << 20, 64 << 20, 0] {
             let plan =
                 Plan::staged(&g, DType::bytes, &Residency::nothing_stays(Ahead::bytes(ahead)));
@@ -272,7 +279,7 @@ fn published_videos_fit_the_limits_that_are_documented() {
             let gpu = ImaginedGpu { memory: limit - CONTEXT_BYTES };
             plan(&networks, &request, &gpu, None).expect("a plan")
         };
-        // What decoding keeps on the host, at most.
+        // What is locked on the host, at most: carried frames of the decoder above all.
         for (gib, pinned) in [(12, 0.1), (8, 3.5), (6, 6.1), (4, 8.4)] {
             let limit = gib * GIB;
             for phase in phases(limit) {
@@ -285,4 +292,24 @@ fn published_videos_fit_the_limits_that_are_documented() {
         let smallest = phases(CONTEXT_BYTES).iter().map(|p| p.device_bytes).max().unwrap_or(0);
         assert!(smallest + CONTEXT_BYTES <= 4 * GIB, "{family}: {smallest} bytes at least");
     }
+}
+
+#[test]
+fn tiles_take_less_of_both_memories() {
+    const GIB: u64 = 1 << 30;
+    let networks = Networks::published(Family::Sd3);
+    let mut request = Request::published(Family::Sd3, Variant::P768, "a clip", None);
+    let gpu = ImaginedGpu { memory: 3 * GIB };
+    let decoding = |request: &Request| -> PhasePlan {
+        let phases = plan(&networks, request, &gpu, None).expect("a plan");
+        phases.into_iter().find(|phase| phase.name == "decoding").expect("decoding")
+    };
+    let whole = decoding(&request);
+    request.tiling = Some(Tiling::PUBLISHED);
+    let tiled = decoding(&request);
+    assert!(whole.device_bytes > 3 * GIB, "the whole frame does not fit");
+    assert!(tiled.device_bytes <= 3 * GIB, "{} bytes in tiles", tiled.device_bytes);
+    assert!(tiled.pinned_bytes < whole.pinned_bytes / 4);
+    // Tiles overlap.
+    assert!(tiled.flops > whole.flops && tiled.flops < 2 * whole.flops);
 }

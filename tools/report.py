@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the performance tables and charts of docs/checks.md and docs/performance.md from the files in benches/results.
+"""Writes the tables and charts of README.md and of docs/{checks,performance,memory}.md from the files in benches/results.
 
     python tools/report.py            rewrite what stands between the markers, and docs/images/*.svg
     python tools/report.py --check    fail if documents or charts are not what the files say
@@ -9,7 +9,9 @@ gpu-ops.json and gpu-linear-cublaslt.json are what `cargo bench --bench ops -- -
 backend that uses cuBLASLt), gpu-full-size.json what `cargo test --release --test full_size -- --json FILE` did,
 gpu-clip-*.json what `pyraflow bench --model NAME --seconds N --json FILE` did, reference-*.json what
 tools/bench_reference.py did (there need not be any: then nothing is said of PyTorch that the others do not hold),
-gpu-memory-*.json what tools/gpu_memory.py did, and plans.json holds the operations that `pyraflow plan --json` states. Only the standard library is needed.
+gpu-memory-*.json what tools/gpu_memory.py did, gpu-startup-*.json what tools/startup.py did, gpu-soak-*.json what
+`pyraflow bench --clips N --json FILE` did, and plans.json holds what `pyraflow plan --json` states: operations, and times
+for cards that were not measured. Only the standard library is needed.
 """
 
 import argparse
@@ -306,7 +308,8 @@ def reference_table(results):
 
 SECTIONS = {"summary": summary, "checks": checks, "memory": memory, "memory-links": memory_links,
             "cards": cards, "soak": soak, "startup": startup, "gemm": gemm_table, "phases": phase_table,
-            "ops": op_table, "kernels": kernel_table, "growth": growth_table, "calls": lambda results: calls(results, None), "reference": reference_table}
+            "ops": op_table, "kernels": kernel_table, "growth": growth_table,
+            "calls": lambda results: calls(results, None), "reference": reference_table}
 DOCUMENTS = ("README.md", "docs/checks.md", "docs/performance.md", "docs/memory.md")
 
 
@@ -347,17 +350,17 @@ def write_plans(pyraflow):
                 plans.append({"family": family, "variant": variant, "seconds": seconds,
                               **{k: plan[k] for k in ("width", "height", "units")},
                               "flops": {phase["name"]: phase["flops"] for phase in plan["phases"]}})
-    cards = []
+    predicted = []
     for model in ("sd3-384p", "sd3-768p", "miniflux-768p"):
         for name, limit, link, tflops, bandwidth in CARDS:
             command = [pyraflow, "plan", "--model", model, "--seconds", "5", "--json", "--max-vram", limit, "--link", str(link),
                        "--tflops", str(tflops), "--bandwidth", str(bandwidth)]
             plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            cards.append({"card": name, "model": model, "limit": limit, "link": link, "tflops": tflops, "bandwidth": bandwidth,
-                          "phases": [{k: phase[k] for k in ("name", "device_bytes", "pinned_bytes", "predicted")}
-                                     for phase in plan["phases"]]})
+            predicted.append({"card": name, "model": model, "limit": limit, "link": link, "tflops": tflops, "bandwidth": bandwidth,
+                              "phases": [{k: phase[k] for k in ("name", "device_bytes", "pinned_bytes", "predicted")}
+                                         for phase in plan["phases"]]})
     result = {"commit": commit.stdout.strip(), "command": "pyraflow plan --model NAME --seconds N --json", "plans": plans,
-              "cards": cards}
+              "cards": predicted}
     (RESULTS / "plans.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

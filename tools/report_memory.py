@@ -73,8 +73,8 @@ def flat(report):
     for phase in report["measured"]["phases"]:
         used = phase.get("memory_of_units")
         if used:
-            spread = (max(used) - min(used)) / 2**20
-            parts.append(f"{PHASES[phase['name']]} {max(used) / 2**30:.2f} GiB, ± {spread / 2:.0f} MiB over {len(used)} units")
+            parts.append(f"{PHASES[phase['name']]} {max(used) / 2**30:.2f} GiB at most, {(max(used) - min(used)) / 2**20:.0f} MiB "
+                         f"less at the least, over {len(used)} units")
     return "; ".join(parts)
 
 

@@ -49,7 +49,8 @@ def main():
         device, first = run(options, folder)
         runs = [run(options, folder)[1] for _ in range(options.repeats)]
     sizes = [path.stat().st_size for path in pathlib.Path(options.model).rglob("*.safetensors")]
-    doctor = json.loads(subprocess.run([options.pyraflow, "doctor", "--json"], capture_output=True, text=True).stdout)
+    told = subprocess.run([options.pyraflow, "doctor", "--json"], capture_output=True, text=True, check=True)
+    doctor = json.loads(told.stdout)
     result = {"tool": "startup", "commit": os.environ.get("PYRAFLOW_COMMIT"), "device": device,
               "driver": (doctor.get("driver") or {}).get("version"), "model": pathlib.Path(options.model).name,
               "checkpoint_bytes": sum(sizes), "first": first, "runs": runs}

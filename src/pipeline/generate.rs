@@ -15,7 +15,7 @@ use super::{
     Event, Phase, Pipeline, PromptTokens, Reporter, Request, SavedRun, pixels_of, plan,
     stop_if_cancelled,
 };
-use crate::exec::ImaginedGpu;
+use crate::exec::{ImaginedGpu, available_memory};
 use crate::media::{
     Frame, Metadata, OutputTarget, VideoSpec, check_file_target, check_target, load_image,
     open_sink,
@@ -283,6 +283,9 @@ impl Pipeline {
             true => p.device_bytes,
             false => p.memory_bytes(),
         };
+        if backend.copies_weights() {
+            fits_host(&phases, available_memory())?;
+        }
         let Some(available) = backend.free_memory() else { return Ok(()) };
         let of = |phases: &[super::PhasePlan], name: &str| {
             phases.iter().find(|p| p.name == name).map_or(0, need)
@@ -310,6 +313,28 @@ impl Pipeline {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Refuses what needs more page-locked memory than the host has left.
+fn fits_host(phases: &[super::PhasePlan], available: Option<u64>) -> Result<()> {
+    let most = phases.iter().max_by_key(|phase| phase.pinned_bytes);
+    match (most, available) {
+        (Some(phase), Some(available)) if phase.pinned_bytes > available => {
+            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+            Err(Error::memory(format!(
+                "{} needs {:.2} GiB of host memory for what does not stay on the GPU, {:.2} GiB \
+                 are available",
+                phase.name,
+                gib(phase.pinned_bytes),
+                gib(available)
+            ))
+            .hint(
+                "close other programs, allow more GPU memory with --max-vram, or decode in tiles \
+                 (--tile)",
+            ))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -418,4 +443,26 @@ pub(super) fn finish(phase: Phase, clock: Instant, reporter: &mut dyn Reporter) 
     let seconds = clock.elapsed().as_secs_f64();
     reporter.event(&Event::Finished { phase, seconds });
     seconds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fits_host;
+    use crate::ErrorKind;
+    use crate::pipeline::PhasePlan;
+
+    #[test]
+    fn what_is_locked_on_the_host_must_be_there() {
+        let phase = |name: &str, pinned_bytes| PhasePlan {
+            name: name.into(),
+            pinned_bytes,
+            ..PhasePlan::default()
+        };
+        let phases = [phase("text", 64 << 20), phase("decoding", 6 << 30)];
+        fits_host(&phases, Some(6 << 30)).expect("just enough");
+        fits_host(&phases, None).expect("not told");
+        let error = fits_host(&phases, Some(5 << 30)).expect_err("too little");
+        assert_eq!(error.kind(), ErrorKind::Memory);
+        assert!(error.to_string().starts_with("decoding needs 6.00 GiB"), "{error}");
+    }
 }

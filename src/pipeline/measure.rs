@@ -12,10 +12,10 @@ use sha2::{Digest, Sha256};
 use super::memory::{Once, stream_weights};
 use super::plan::{fit_decoder, fit_transformer};
 use super::prompts::EncodedPrompt;
+use super::tiles::TileGrid;
 use super::transformer::{Transformer, geometry, record_step};
 use super::vae::Vae;
 use super::{Networks, Request, transformer};
-use crate::Result;
 use crate::checkpoint::Component;
 use crate::exec::{Backend, Session, anonymous_memory};
 use crate::graph::{Epilogue, Graph, Node, Op};
@@ -25,6 +25,7 @@ use crate::models::{ExpectedWeight, clip, t5, vae};
 use crate::sampler::{Latent, Observer, PhiloxNoise, STAGES, sample};
 use crate::tensor::{DType, WeightSource, WeightView};
 use crate::text::{CLIP_LENGTH, T5_LENGTH};
+use crate::{ErrorKind, Result};
 
 /// T5 tokens of the negative prompt and of the prompt, end marks included: the published
 /// negative prompt has about so many, and so has a sentence with the published suffix.
@@ -84,11 +85,18 @@ impl Ceilings {
     const EXTENT: usize = 8192;
     const REPEATS: usize = 9;
 
-    /// Measures them, on devices with memory of their own.
+    /// Measures them, on devices with memory of their own and room for some 1.5 GB.
     ///
     /// # Errors
     /// Those of the backend.
     pub fn measure(backend: &dyn Backend) -> Result<Option<Ceilings>> {
+        match Self::measure_with_room(backend) {
+            Err(error) if error.kind() == ErrorKind::Memory => Ok(None),
+            found => found,
+        }
+    }
+
+    fn measure_with_room(backend: &dyn Backend) -> Result<Option<Ceilings>> {
         let Some(bytes) = backend.copy_rate()? else { return Ok(None) };
         let n = Self::EXTENT;
         let mut graph = Graph::new();
@@ -263,7 +271,8 @@ fn decode(
     let dtype = backend.activations();
     let weights = weights(Component::Vae)?;
     let shape = latents.first().map_or_else(|| unreachable!("a run has units"), |l| l.shape());
-    let fit = fit_decoder(&networks.vae, [shape.height, shape.width], latents.len(), backend)?;
+    let sizes = TileGrid::over_latents([shape.height, shape.width], None);
+    let fit = fit_decoder(&networks.vae, &sizes, latents.len() > 1, backend)?;
     fit.require(backend, "decoding")?;
     let window = |continues| Window {
         continues,

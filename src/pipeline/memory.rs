@@ -26,13 +26,12 @@ const AHEAD_OF_STATES: [Ahead; 5] = [
 ];
 const JUST_IN_TIME: Ahead = Ahead { bytes: 0, nodes: 1 };
 /// The machine for which one way is compared with another: a card whose memory is short, on
-/// PCIe 4.0 x16.
+/// PCIe 4.0 x16, which gives less than its 25 GB/s when both directions are busy.
 const USUAL: Machine = Machine { flops: 60e12, memory: 450e9, link: 20e9 };
 /// Steps in which the resident part of the weights is chosen.
 const STEPS: u64 = 64;
 /// Pinned memory of the ring that uploads go through.
 const RING: u64 = 64 << 20;
-
 /// How much longer decoding may take for less page-locked memory.
 const PATIENCE: f64 = 1.1;
 
@@ -144,8 +143,8 @@ pub fn stream_weights(graphs: &[&Graph], once: Once, backend: &dyn Backend) -> F
     best.map_or_else(|| fit(0, 0), |(_, fit)| fit)
 }
 
-/// The fit with as many weights on the device as `budget` allows, if even none are few enough.
-/// `fit` gives it for each part of [`STEPS`].
+/// The fit with as many weights on the device as `budget` allows, `None` if it is too small even
+/// with all of them streamed. `fit` gives it for each part of [`STEPS`].
 fn most_that_stays(fit: impl Fn(u64) -> Fit, budget: u64) -> Option<Fit> {
     let all = fit(STEPS);
     if all.device_bytes <= budget {
@@ -304,17 +303,20 @@ fn measure(
     at_once: usize,
     backend: &dyn Backend,
 ) -> Fit {
-    let plans = graphs.iter().map(|graph| backend.plan(graph, &residency));
-    let (mut arena_bytes, mut persistent_bytes) = (0, 0);
-    for plan in plans {
+    let (mut arena_bytes, mut others) = (0, 0);
+    for graph in graphs {
+        let plan = backend.plan(graph, &residency);
         arena_bytes = plan.arena_bytes().max(arena_bytes);
-        persistent_bytes = plan.persistent_bytes().max(persistent_bytes);
+        let states = state_bytes(&[graph], |name| !residency.hosts(name));
+        others = (plan.persistent_bytes() - states).max(others);
     }
+    // The states of all graphs are there at one time.
+    let persistent_bytes = others + state_bytes(graphs, |name| !residency.hosts(name));
     let is_streamed = |(name, bytes): &(String, u64)| {
         if residency.streams(name) { *bytes } else { 0 }
     };
     let resident_bytes = weights.total - weights.matrices.iter().map(is_streamed).sum::<u64>();
-    let hosted = hosted_bytes(graphs, &residency);
+    let hosted = state_bytes(graphs, |name| residency.hosts(name));
     Fit {
         at_once,
         arena_bytes,
@@ -326,13 +328,13 @@ fn measure(
     }
 }
 
-/// Bytes of the states that are kept on the host.
-fn hosted_bytes(graphs: &[&Graph], residency: &Residency) -> u64 {
+/// Bytes of the states that are `counted` by name; those of one name and size are one.
+fn state_bytes(graphs: &[&Graph], counted: impl Fn(&str) -> bool) -> u64 {
     let mut states = BTreeMap::new();
     for graph in graphs {
         for state in graph.nodes().iter().filter_map(|node| node.state) {
             let tensor = graph.tensor(state);
-            if residency.hosts(&tensor.name) {
+            if counted(&tensor.name) {
                 let bytes = (tensor.len() * tensor.dtype.bytes()) as u64;
                 states.insert((tensor.name.clone(), bytes), bytes);
             }

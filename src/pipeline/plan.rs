@@ -4,8 +4,9 @@ use serde::Serialize;
 
 use super::memory::{Fit, Once, stream_states, stream_weights};
 use super::predict::{Machine, Predicted, predict};
+use super::tiles::{TileGrid, TileSize};
 use super::transformer::{geometry, record_step};
-use super::{Networks, Request, modulation};
+use super::{Networks, Request, Tiling, modulation};
 use crate::Result;
 use crate::checkpoint::{TransformerConfig, VaeConfig};
 use crate::exec::Backend;
@@ -36,7 +37,7 @@ pub struct PhasePlan {
     pub device_bytes: u64,
     /// Page-locked memory of the host, in bytes.
     pub pinned_bytes: u64,
-    /// Most frames that the decoder's larger levels take at once, if it goes in pieces.
+    /// Most frames of its last level that the decoder makes at once, if it goes in pieces.
     pub frames_at_once: Option<usize>,
     /// Bytes that come in from the host over the whole phase.
     pub streamed_bytes: u64,
@@ -125,10 +126,10 @@ pub fn plan(
     let planner = |name: &str| Planner::new(name, backend, machine);
     let mut phases = vec![text(planner("text"), networks, samples)?];
     if request.image.is_some() {
-        phases.push(image(planner("image"), &networks.vae, &settings)?);
+        phases.push(image(planner("image"), &networks.vae, &settings, request.tiling)?);
     }
     phases.push(sampling(planner("sampling"), &networks.transformer, &settings, samples)?);
-    phases.push(decoding(planner("decoding"), &networks.vae, &settings)?);
+    phases.push(decoding(planner("decoding"), &networks.vae, &settings, request.tiling)?);
     Ok(phases)
 }
 
@@ -149,12 +150,20 @@ fn text(mut planner: Planner, networks: &Networks, samples: usize) -> Result<Pha
     Ok(planner.phase)
 }
 
-fn image(mut planner: Planner, vae: &VaeConfig, settings: &SamplerRequest) -> Result<PhasePlan> {
-    let [height, width] = [settings.height, settings.width].map(|n| n * crate::models::vae::FACTOR);
-    let (graph, fit) = fit_encoder(vae, Window::whole(1, height, width), planner.backend)?;
+fn image(
+    mut planner: Planner,
+    vae: &VaeConfig,
+    settings: &SamplerRequest,
+    tiling: Option<Tiling>,
+) -> Result<PhasePlan> {
+    let pixels = [settings.height, settings.width].map(|n| n * crate::models::vae::FACTOR);
+    let sizes = TileGrid::over_pixels(pixels, tiling);
+    let (graphs, fit) = fit_encoder(vae, &sizes, planner.backend)?;
     planner.fit(&fit);
-    planner.weights(&[&graph]);
-    planner.run(&graph, &fit, 1);
+    for (graph, size) in graphs.iter().zip(&sizes) {
+        planner.weights(&[graph]);
+        planner.run(graph, &fit, size.count);
+    }
     Ok(planner.phase)
 }
 
@@ -190,14 +199,23 @@ fn sampling(
     Ok(planner.phase)
 }
 
-fn decoding(mut planner: Planner, vae: &VaeConfig, settings: &SamplerRequest) -> Result<PhasePlan> {
-    let (latent, units) = ([settings.height, settings.width], settings.units);
-    let fit = fit_decoder(vae, latent, units, planner.backend)?;
+fn decoding(
+    mut planner: Planner,
+    vae: &VaeConfig,
+    settings: &SamplerRequest,
+    tiling: Option<Tiling>,
+) -> Result<PhasePlan> {
+    let sizes = TileGrid::over_latents([settings.height, settings.width], tiling);
+    let units = settings.units;
+    let fit = fit_decoder(vae, &sizes, units > 1, planner.backend)?;
     planner.fit(&fit);
-    let graphs = decoder_windows(vae, latent, units, fit.at_once, planner.backend.activations())?;
-    for (graph, times) in graphs.iter().zip([1, units - 1]) {
-        planner.weights(&[graph]);
-        planner.run(graph, &fit, times);
+    let dtype = planner.backend.activations();
+    for size in &sizes {
+        let windows = decoder_windows(vae, size.extent, units > 1, fit.at_once, dtype)?;
+        for (graph, times) in windows.iter().zip([1, units - 1]) {
+            planner.weights(&[graph]);
+            planner.run(graph, &fit, times * size.count);
+        }
     }
     Ok(planner.phase)
 }
@@ -227,43 +245,51 @@ pub(super) fn fit_transformer(
     Ok(stream_weights(&graphs, Once::FirstGraph, backend))
 }
 
-/// How the encoder fits for one window.
+/// How the encoder fits for images of these sizes, with a graph for each.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Model`] when shapes do not fit.
 pub(super) fn fit_encoder(
     vae: &VaeConfig,
-    window: Window,
+    sizes: &[TileSize],
     backend: &dyn Backend,
-) -> Result<(Graph, Fit)> {
-    let graph = record_encoder(vae, window, backend.activations())?;
-    let fit = stream_weights(&[&graph], Once::Nothing, backend);
-    Ok((graph, fit))
+) -> Result<(Vec<Graph>, Fit)> {
+    let record = |size: &TileSize| {
+        let [height, width] = size.extent;
+        record_encoder(vae, Window::whole(1, height, width), backend.activations())
+    };
+    let graphs = sizes.iter().map(record).collect::<Result<Vec<_>>>()?;
+    let fit = stream_weights(&graphs.iter().collect::<Vec<_>>(), Once::Nothing, backend);
+    Ok((graphs, fit))
 }
 
-/// How the decoder fits for `units` latents of this height and width.
+/// How the decoder fits for latents of these sizes, one or (if frames are carried) more.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Model`] when shapes do not fit.
 pub(super) fn fit_decoder(
     vae: &VaeConfig,
-    latent: [usize; 2],
-    units: usize,
+    sizes: &[TileSize],
+    carries: bool,
     backend: &dyn Backend,
 ) -> Result<Fit> {
     let dtype = backend.activations();
-    stream_states(|at_once| decoder_windows(vae, latent, units, at_once, dtype), backend)
+    let record = |at_once| -> Result<Vec<Graph>> {
+        let windows = |size: &TileSize| decoder_windows(vae, size.extent, carries, at_once, dtype);
+        Ok(sizes.iter().map(windows).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    };
+    stream_states(record, backend)
 }
 
-/// The decoder's first window, and the one that all others are like if there are any.
+/// The decoder's first window of one size, and the one that all others are like if there are
+/// any.
 fn decoder_windows(
     vae: &VaeConfig,
     [height, width]: [usize; 2],
-    units: usize,
+    carries: bool,
     at_once: usize,
     dtype: DType,
 ) -> Result<Vec<Graph>> {
-    let carries = units > 1;
     let window =
         |continues| Window { carries, continues, at_once, ..Window::whole(1, height, width) };
     let windows = if carries { &[false, true][..] } else { &[false] };

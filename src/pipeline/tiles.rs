@@ -1,6 +1,8 @@
 //! The published tiling: overlapping tiles, each encoded or decoded by itself, blended over
 //! a quarter of their side.
 
+use std::collections::BTreeMap;
+
 use super::Tiling;
 use crate::Result;
 use crate::models::vae::FACTOR;
@@ -114,6 +116,15 @@ fn mix(own: &mut [f32], other: &[f32], weight: f32) {
     }
 }
 
+/// Tiles of one size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct TileSize {
+    /// Height and width.
+    pub extent: [usize; 2],
+    /// How many there are.
+    pub count: usize,
+}
+
 /// Where tiles lie, in pixels of the input, and what they contribute to the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TileGrid {
@@ -134,6 +145,30 @@ impl TileGrid {
     /// Tiles over pixels of `height` × `width`.
     pub fn encoding(height: usize, width: usize, tiling: Tiling) -> TileGrid {
         TileGrid { extent: [height, width], tile: tiling.tile, scale: (1, FACTOR) }
+    }
+
+    /// The only tile over latents of `extent`, or those of `tiling`.
+    pub fn over_latents(extent: [usize; 2], tiling: Option<Tiling>) -> Vec<TileSize> {
+        let grid = |tiling| TileGrid::decoding(extent[0], extent[1], tiling);
+        tiling.map_or_else(|| vec![TileSize { extent, count: 1 }], |tiling| grid(tiling).sizes())
+    }
+
+    /// The only tile over pixels of `extent`, or those of `tiling`.
+    pub fn over_pixels(extent: [usize; 2], tiling: Option<Tiling>) -> Vec<TileSize> {
+        let grid = |tiling| TileGrid::encoding(extent[0], extent[1], tiling);
+        tiling.map_or_else(|| vec![TileSize { extent, count: 1 }], |tiling| grid(tiling).sizes())
+    }
+
+    /// The sizes that tiles have in the input, the largest last.
+    fn sizes(&self) -> Vec<TileSize> {
+        let mut counts: BTreeMap<[usize; 2], usize> = BTreeMap::new();
+        for y in self.starts(0) {
+            for x in self.starts(1) {
+                let size = [(y, 0), (x, 1)].map(|(at, i)| self.tile.min(self.extent[i] - at));
+                *counts.entry(size).or_default() += 1;
+            }
+        }
+        counts.into_iter().map(|(extent, count)| TileSize { extent, count }).collect()
     }
 
     fn starts(&self, axis: usize) -> Vec<usize> {
@@ -183,8 +218,20 @@ pub(super) fn assemble(
 
 #[cfg(test)]
 mod tests {
-    use super::{TileGrid, Volume, assemble};
+    use super::{TileGrid, TileSize, Volume, assemble};
     use crate::pipeline::Tiling;
+
+    #[test]
+    fn sizes_of_tiles() {
+        let of = |tiling| TileGrid::over_latents([96, 160], tiling);
+        let told = |sizes: Vec<TileSize>| -> Vec<_> {
+            sizes.into_iter().map(|s| (s.extent, s.count)).collect()
+        };
+        assert_eq!(told(of(None)), [([96, 160], 1)]);
+        // Every 24 latents a tile of 32, cut at the edges.
+        let cut = [([24, 16], 1), ([24, 32], 6), ([32, 16], 3), ([32, 32], 18)];
+        assert_eq!(told(of(Some(Tiling { tile: 256 }))), cut);
+    }
 
     #[test]
     fn tiles_of_the_identity_give_it_back() {

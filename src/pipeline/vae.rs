@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Tiling;
 use super::plan::{fit_decoder, fit_encoder};
-use super::tiles::{TileGrid, Volume, assemble};
+use super::tiles::{TileGrid, TileSize, Volume, assemble};
 use crate::checkpoint::VaeConfig;
 use crate::exec::{Backend, GraphId, Pending, Session};
 use crate::graph::TensorId;
@@ -24,11 +24,11 @@ pub struct Vae<'a> {
 }
 
 /// What a session is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Purpose {
     decode: bool,
-    /// Height and width of the largest windows.
-    extent: [usize; 2],
+    /// The sizes of the windows, the largest last.
+    sizes: Vec<TileSize>,
     /// Whether windows follow each other.
     carries: bool,
 }
@@ -57,11 +57,11 @@ impl<'a> Vae<'a> {
         if self.opened.as_ref().is_none_or(|opened| opened.purpose != purpose) {
             // First, to make room.
             self.opened = None;
-            let Purpose { decode, extent: [height, width], carries } = purpose;
+            let &Purpose { decode, ref sizes, carries } = &purpose;
             let fit = if decode {
-                fit_decoder(self.config, [height, width], 1 + usize::from(carries), self.backend)?
+                fit_decoder(self.config, sizes, carries, self.backend)?
             } else {
-                fit_encoder(self.config, Window::whole(1, height, width), self.backend)?.1
+                fit_encoder(self.config, sizes, self.backend)?.1
             };
             fit.require(self.backend, if decode { "decoding" } else { "encoding the image" })?;
             let session = self.backend.open_with(self.weights.clone(), &fit.residency)?;
@@ -79,9 +79,8 @@ impl<'a> Vae<'a> {
     /// Those of the backend.
     pub fn encode(&mut self, video: &Volume, tiling: Option<Tiling>) -> Result<Volume> {
         let config = self.config;
-        let side = tiling.map_or(usize::MAX, |tiling| tiling.tile);
-        let extent = [video.height.min(side), video.width.min(side)];
-        let opened = self.open(Purpose { decode: false, extent, carries: false })?;
+        let sizes = TileGrid::over_pixels([video.height, video.width], tiling);
+        let opened = self.open(Purpose { decode: false, sizes, carries: false })?;
         let Some(tiling) = tiling else { return opened.window(config, video, false, false) };
         let grid = TileGrid::encoding(video.height, video.width, tiling);
         assemble(&grid, |y, x, height, width| {
@@ -109,8 +108,8 @@ impl<'a> Vae<'a> {
             return Err(Error::input("no latents to decode"));
         };
         let (config, carries) = (self.config, latents.len() > 1);
-        let extent = [first.height, first.width];
-        let opened = self.open(Purpose { decode: true, extent, carries })?;
+        let sizes = TileGrid::over_latents([first.height, first.width], None);
+        let opened = self.open(Purpose { decode: true, sizes, carries })?;
         let mut before: Option<Pending<Vec<u8>>> = None;
         for (i, latent) in latents.iter().enumerate() {
             let input = Volume::of_latent(latent);
@@ -135,7 +134,8 @@ impl<'a> Vae<'a> {
     ) -> Result<Vec<Frame>> {
         let (config, carries) = (self.config, units > 1);
         let LatentShape { height, width, .. } = latent.shape();
-        let opened = self.open(Purpose { decode: true, extent: [height, width], carries })?;
+        let sizes = TileGrid::over_latents([height, width], None);
+        let opened = self.open(Purpose { decode: true, sizes, carries })?;
         let input = Volume::of_latent(latent);
         let (graph, output) = opened.run(config, &input, unit > 0, carries)?;
         let pixels = opened.session.fetch_pixels(graph, output)?()?;
@@ -155,8 +155,8 @@ impl<'a> Vae<'a> {
         let first = latents.first().ok_or_else(|| Error::input("no latents to decode"))?.shape();
         let grid = TileGrid::decoding(first.height, first.width, tiling);
         let (config, carries) = (self.config, latents.len() > 1);
-        let extent = [first.height, first.width].map(|n| n.min(tiling.tile / FACTOR));
-        let opened = self.open(Purpose { decode: true, extent, carries })?;
+        let sizes = TileGrid::over_latents([first.height, first.width], Some(tiling));
+        let opened = self.open(Purpose { decode: true, sizes, carries })?;
         assemble(&grid, |y, x, height, width| {
             let mut tile = Volume::default();
             for (i, latent) in latents.iter().enumerate() {

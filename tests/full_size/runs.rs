@@ -14,23 +14,10 @@ use pyraflow::sampler::{SamplerRequest, Silent, sample};
 use pyraflow::tensor::WeightSource;
 use serde_json::json;
 
+use super::Repeated;
 use super::calls::prompts;
 use super::common::golden::{Golden, channels_last, relative_error};
 use super::common::runs::{noise_of, with_settings};
-
-/// A repeated run.
-pub struct Repeated {
-    /// The latents of all units.
-    pub found: Vec<f32>,
-    /// What they should be.
-    pub expected: Vec<f32>,
-    /// Seconds from embeddings to latents, with weights on the device.
-    pub seconds: f64,
-    /// Whether another repetition gave the same latents.
-    pub same_bits: bool,
-    /// Settings and the error of each unit, for the results.
-    pub summary: serde_json::Value,
-}
 
 /// Whether `golden` is a run rather than a call.
 pub fn is_run(golden: &Golden) -> bool {
@@ -57,7 +44,8 @@ pub fn repeat(
         "steps": request.steps, "video_steps": request.video_steps, "guidance": request.guidance,
         "video_guidance": request.video_guidance, "unit_errors": errors,
     });
-    Ok(Repeated { same_bits: found == again, found, expected, seconds, summary })
+    let same_bits = found == again;
+    Ok(Repeated { found, expected, seconds, run: Some(summary), same_bits })
 }
 
 /// The latents of all units, and the seconds they take.
