@@ -67,30 +67,28 @@ def cards(results):
                   "pinned host memory", "time against no limit"], rows)
 
 
-def flat(report):
-    """The range of what is in use after the units of each phase, for people."""
-    parts = []
-    for phase in report["measured"]["phases"]:
-        used = phase.get("memory_of_units")
-        if used:
-            parts.append(f"{PHASES[phase['name']]} {max(used) / 2**30:.2f} GiB at most, {(max(used) - min(used)) / 2**20:.0f} MiB "
-                         f"less at the least, over {len(used)} units")
-    return "; ".join(parts)
+def units_cell(phase):
+    """The most that is in use after any unit of a phase, and how much less it is after another."""
+    used = phase.get("memory_of_units")
+    return f"{max(used) / 2**30:.2f} GiB, {(max(used) - min(used)) / 2**20:.0f} MiB" if used else ""
 
 
 def soak(results):
     """Memory from unit to unit and from clip to clip."""
-    lines = []
+    rows = []
     for first, run in memory_runs(results):
-        if first["units"] > 8 and (text := flat(run["report"])):
-            lines.append(f"* {clip_name(first)}, {run['limit'] or 'no limit'}: {text}")
+        if first["units"] > 8:
+            found = phases(run["report"])
+            rows.append([clip_name(first), run["limit"] or "none", str(first["units"]),
+                         *(units_cell(found[name]) for name in ("sampling", "decoding"))])
+    lines = table(["clip", "limit", "units", "transformer: most, variation", "VAE decode: most, variation"], rows)
     for report in results.soaks:
         clips = report["memory_after_clips"]
         free, host = ([clip[name] / 2**20 for clip in clips] for name in ("device_free", "host_anonymous"))
-        lines.append(f"* {len(clips)} clips of {report['width']}x{report['height']} in one process within "
-                     f"{report['max_vram'] / 2**30:.0f} GiB ({measured_with(report)}): between clips the GPU memory in use varies by "
-                     f"{max(free) - min(free):.0f} MiB, that of the host is {host[1]:.0f} MiB after the second and "
-                     f"{host[-1]:.0f} MiB after the last")
+        lines += ["", f"{len(clips)} clips of {report['width']}x{report['height']} in one process within "
+                  f"{report['max_vram'] / 2**30:.0f} GiB ({measured_with(report)}): between clips the GPU memory in use varies by "
+                  f"{max(free) - min(free):.0f} MiB, that of the host is {host[1]:.0f} MiB after the second and "
+                  f"{host[-1]:.0f} MiB after the last."]
     return lines
 
 
