@@ -2,6 +2,7 @@
 //! are streamed, in what pieces the decoder goes and which of its carried frames wait on the
 //! host. Decided from graphs alone, before anything is loaded; results do not depend on it.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashSet};
 
 use super::predict::{Machine, predict};
@@ -125,22 +126,24 @@ pub fn stream_weights(graphs: &[&Graph], once: Once, backend: &dyn Backend) -> F
         fit
     };
     let Some(budget) = budget(backend) else { return fit(STEPS, 0) };
-    let mut best: Option<(f64, Fit)> = None;
+    let mut found: Vec<(f64, Fit)> = Vec::new();
     for ahead in AHEAD {
         let Some(fit) = most_that_stays(|part| fit(part, ahead), budget) else { continue };
         let whole = fit.residency.streamed_beyond(&always) == 0;
-        let seconds = seconds_of_last(graphs, &fit.residency, backend);
-        let better = best.as_ref().is_none_or(|(least, found)| {
-            seconds < *least || seconds < 1.02 * least && fit.resident_bytes > found.resident_bytes
-        });
-        if better {
-            best = Some((seconds, fit));
-        }
+        found.push((seconds_of_last(graphs, &fit.residency, backend), fit));
         if whole {
             break;
         }
     }
-    best.map_or_else(|| fit(0, 0), |(_, fit)| fit)
+    // Of equals the first, which has most time for transfers.
+    let best = about_fastest(found, 1.02).min_by_key(|fit| Reverse(fit.resident_bytes));
+    best.unwrap_or_else(|| fit(0, 0))
+}
+
+/// The fits that take at most `patience` times the seconds of the fastest one.
+fn about_fastest(found: Vec<(f64, Fit)>, patience: f64) -> impl Iterator<Item = Fit> {
+    let least = found.iter().map(|(seconds, _)| *seconds).fold(f64::INFINITY, f64::min);
+    found.into_iter().filter(move |(seconds, _)| *seconds <= patience * least).map(|(_, fit)| fit)
 }
 
 /// The fit with as many weights on the device as `budget` allows, `None` if it is too small even
@@ -206,9 +209,7 @@ pub fn stream_states(
             smallest = Some(all);
         }
     }
-    let least = found.iter().map(|(seconds, _)| *seconds).fold(f64::INFINITY, f64::min);
-    let fast = found.into_iter().filter(|(seconds, _)| *seconds <= PATIENCE * least);
-    let best = fast.min_by_key(|(_, fit)| fit.pinned_bytes).map(|(_, fit)| fit);
+    let best = about_fastest(found, PATIENCE).min_by_key(|fit| fit.pinned_bytes);
     Ok(best.or(smallest).unwrap_or_default())
 }
 

@@ -5,11 +5,12 @@
 //! in each direction, from when the plan has a place for it. A model of where time goes, not
 //! of kernels: it is fitted to one machine by the rates measured there.
 
+use std::collections::HashMap;
 use std::ops::{AddAssign, Mul};
 
 use serde::Serialize;
 
-use crate::graph::{Graph, Node, Plan, StagedWhat};
+use crate::graph::{Graph, Node, Plan, Staged, StagedWhat};
 
 /// What a machine can do.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -52,15 +53,23 @@ const LAUNCH: f64 = 3e-6;
 /// Predicts one run of `graph`.
 pub(super) fn predict(graph: &Graph, plan: &Plan, machine: &Machine) -> Predicted {
     let stages = plan.stages();
+    let name_of = |staged: &Staged| match staged.what {
+        StagedWhat::State(state) => Some(graph.tensor(state).name.as_str()),
+        StagedWhat::Weights => None,
+    };
     let mut arrived = vec![0.0; stages.len()];
     let mut stored = vec![0.0; stages.len()];
     let (mut now, mut inward, mut outward) = (0.0f64, 0.0f64, 0.0f64);
+    // When the last way out of each state ends: it cannot come in again before.
+    let mut home: HashMap<&str, f64> = HashMap::new();
     let mut resident_seconds = 0.0;
     for (index, node) in graph.nodes().iter().enumerate() {
         for (staged, arrived) in stages.iter().zip(&mut arrived) {
             let comes = staged.what == StagedWhat::Weights || graph.continues(staged.node);
             if staged.nodes.start == index && comes {
-                inward = inward.max(now) + staged.bytes as f64 / machine.link;
+                let there = name_of(staged).and_then(|name| home.get(name)).copied();
+                let begins = inward.max(now).max(there.unwrap_or(0.0));
+                inward = begins + staged.bytes as f64 / machine.link;
                 *arrived = inward;
             }
         }
@@ -79,6 +88,9 @@ pub(super) fn predict(graph: &Graph, plan: &Plan, machine: &Machine) -> Predicte
             if staged.what != StagedWhat::Weights && graph.moves_on(staged.node) {
                 outward = outward.max(now) + staged.bytes as f64 / machine.link;
                 stored[k] = outward;
+                if let Some(name) = name_of(staged) {
+                    home.insert(name, outward);
+                }
             }
         }
     }
