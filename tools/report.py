@@ -9,8 +9,8 @@ gpu-ops.json and gpu-linear-cublaslt.json are what `cargo bench --bench ops -- -
 backend that uses cuBLASLt), gpu-full-size.json what `cargo test --release --test full_size -- --json FILE` did,
 gpu-clip-*.json what `pyraflow bench --model NAME --seconds N --json FILE` did, reference-*.json what
 tools/bench_reference.py did (there need not be any: then nothing is said of PyTorch that the others do not hold),
-gpu-memory-*.json what tools/gpu_memory.py did, gpu-startup-*.json what tools/startup.py did, gpu-soak-*.json what
-`pyraflow bench --clips N --json FILE` did, and plans.json holds what `pyraflow plan --json` states: operations, and times
+gpu-memory-*.json what tools/gpu_memory.py did, gpu-tests.json what tools/gpu_test_results.py did, gpu-startup-*.json
+what tools/startup.py did, gpu-soak-*.json what `pyraflow bench --clips N --json FILE` did, and plans.json holds what `pyraflow plan --json` states: operations, and times
 for cards that were not measured. Only the standard library is needed.
 """
 
@@ -68,6 +68,18 @@ WHOSE = {"eager": "published PyTorch", "tuned": "tuned PyTorch"}
 
 
 # Tables of docs/checks.md
+
+def gpu_tests(results):
+    """What tools/gpu-tests found."""
+    report = results.tests
+    worst = max(ratio for op in report["ops"].values() for ratio in op["largest_ratio"].values())
+    cases = sum(op["cases"] for op in report["ops"].values())
+    rows = [[name.replace("gpu_ops-", "gpu_ops, "), "; ".join(lines)]
+            for name, lines in [*report["tests"].items(), *report["sanitizer"].items()]]
+    return [f"{report['gpu_and_driver']}, commit {report['commit']}: over {cases} cases of {len(report['ops'])} ops the largest error is "
+            f"{worst:.2f} times what rounding to bf16 costs ({report['allowed_ratio']} is allowed).", "",
+            *table(["program", "result"], rows)]
+
 
 def ops(results):
     report = results.ops
@@ -149,8 +161,31 @@ def reference_notes(results):
     return lines
 
 
+def rates(results):
+    """One sentence on single kernels and one step."""
+    by_case = {row["case"]: row for row in results.ops["results"]}
+    chosen = [by_case[case] for case in OPS]
+
+    def span(op, value, unit):
+        found = sorted(value(row) for row in chosen if row["op"] == op)
+        return f"{found[0]:.0f}–{found[-1]:.0f} {unit}" if round(found[0]) != round(found[-1]) else f"{found[0]:.0f} {unit}"
+
+    def flops(row):
+        return row["flops"] / row["median_seconds"] / 1e12
+
+    norms = [f"{name.replace('_', ' ')} {by_op['share_of_copy_rate']:.0%}" for by_op in chosen
+             if "norm" in (name := by_op["op"])]
+    step = next(row for row in results.calls["results"]
+                if (row["family"], row["call"]) == ("sd3", "transformer.stage2.units15"))
+    return (f"Single kernels ({measured_with(results.ops)}): attention {span('attention', flops, 'TFLOP/s')}, 3-D convolutions "
+            f"{span('conv3d', flops, 'TFLOP/s')}, linear layers {span('linear', flops, 'TFLOP/s')}; of the rate of a copy: "
+            f"{', '.join(norms)}. One transformer step of the last stage of 768p with 15 units of history takes "
+            f"{step['seconds'] * 1e3:.0f} ms, the published code {step['published_seconds'] * 1e3:.0f} ms "
+            f"({results.calls['gpu_and_driver']}, commit {results.calls['commit']}).")
+
+
 def summary(results):
-    return [*clips(results), "", *memory(results, 5)]
+    return [*clips(results), "", rates(results), "", *memory(results, 5)]
 
 
 def checks(results):
@@ -306,7 +341,7 @@ def reference_table(results):
     return lines[:-1] or ["No result file of PyTorch's whole clips is in `benches/results`."]
 
 
-SECTIONS = {"summary": summary, "checks": checks, "memory": memory, "memory-links": memory_links,
+SECTIONS = {"summary": summary, "gpu-tests": gpu_tests, "checks": checks, "memory": memory, "memory-links": memory_links,
             "cards": cards, "soak": soak, "startup": startup, "gemm": gemm_table, "phases": phase_table,
             "ops": op_table, "kernels": kernel_table, "growth": growth_table,
             "calls": lambda results: calls(results, None), "reference": reference_table}

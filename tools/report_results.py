@@ -67,6 +67,7 @@ class Results:
         self.ops, self.linear = read("gpu-ops.json"), read("gpu-linear-cublaslt.json")
         self.calls, self.plans = read("gpu-full-size.json"), read("plans.json")
         self.memory = sorted(read_all("gpu-memory-*.json"), key=lambda report: key(report["runs"][0]["report"]))
+        self.tests = read("gpu-tests.json")
         self.soaks, self.startups = read_all("gpu-soak-*.json"), read_all("gpu-startup-*.json")
 
     def reference(self, clip, mode):

@@ -14,9 +14,8 @@ use crate::graph::{Activation, Epilogue, Graph, Node, Op, WeightId};
 use crate::tensor::DType;
 use crate::{Error, Result};
 
-/// From so many rows on our kernels for sm_90 are as fast as cuBLASLt: 0.92 to 1.03 times its
-/// speed on an H200, but 0.7 to 0.95 at 480 rows and fewer, which its split inner dimensions
-/// serve better.
+/// From so many rows on our kernels for sm_90 are about as fast as cuBLASLt on an H200; below, its
+/// split inner dimensions serve it better. docs/performance.md has the rates.
 const OWN_ROWS: usize = 1024;
 
 /// cuBLASLt, if linear layers of a session go to it.
