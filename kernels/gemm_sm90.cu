@@ -7,6 +7,9 @@
 // Layout: row-major, rows ldx, ldw, ldo elements apart. Precision: bf16 in, f32 products and sums
 // (k in steps of 16 in one fixed order), f32 epilogue, one rounding to bf16 (none in the _f32 kernels).
 //
+// Several products may come in one launch (a Group, whose units are tiles, or pairs of tiles in a
+// cluster).
+//
 // Limits: n % 8 == 0 and k % 8 == 0; any m ≥ 1, tails included. x, weight, out and bias 16-byte
 // aligned, ldx, ldw and ldo multiples of 8 elements; gate 16-byte aligned, ld_gate % 4 == 0. The
 // output may not overlap x.
@@ -23,8 +26,8 @@
 //   gemm_sm90_128x64_f32     128×64    128,  64           8        229504
 //
 // Launch: 384 threads; grid.x = min(multiprocessors, tiles) blocks, for a pair the largest multiple
-// of 2 not above min(multiprocessors, 2 · pairs), where tiles = ⌈m / rows⌉ · ⌈n / columns⌉ and
-// pairs = ⌈m / (2 · rows)⌉ · ⌈n / columns⌉. The cluster size is compiled in.
+// of 2 not above min(multiprocessors, 2 · pairs), where a product has ⌈m / rows⌉ · ⌈n / columns⌉ tiles
+// or ⌈m / (2 · rows)⌉ · ⌈n / columns⌉ pairs. The cluster size is compiled in.
 //
 // Why so: see lib/gemm_sm90.cuh. With k of 1536 the end of a tile is a fifth of its time where both
 // consumers share it; taking tiles in turn hides that where each block has several. 128 × 192 divides
@@ -34,6 +37,7 @@
 
 #include "lib/epilogue.cuh"
 #include "lib/gemm_sm90.cuh"
+#include "lib/group.cuh"
 
 struct GemmSm90Params {
     TensorMap a, b, c;
@@ -51,9 +55,12 @@ struct GemmSm90Params {
     int pad;
 };
 static_assert(sizeof(GemmSm90Params) == 576, "as on the host");
+using GemmGroup = Group<GemmSm90Params>;
+static_assert(sizeof(GemmGroup) == 2368, "as on the host");
 
-// The first row and column of a tile.
+// The product that a tile is of, and its first row and column.
 struct GemmPlace {
+    int product;
     int row, column;
 };
 
@@ -66,11 +73,12 @@ class BoxFinish {
 public:
     template <class Problem>
     __device__ __forceinline__ BoxFinish(const Problem& problem, uint8_t* shared, int warp)
-        : p(problem.p),
+        : group(problem.group),
           staging(shared + Tile::kStaging + warp * Tile::kBuffers * Tile::kBufferBytes),
           barrier(shared_address(shared) + Tile::kWarpBarriers + 8 * warp) {}
 
     __device__ __forceinline__ void ahead(const GemmPlace& place, int first) {
+        const GemmSm90Params& p = group.problem[place.product];
         read_columns(place, first, 0);
         if (threadIdx.x % 32 == 0) {
             box_stores_read<0>();
@@ -88,6 +96,7 @@ public:
 
     template <int kFragments, int kCount>
     __device__ __forceinline__ void finish(const GemmPlace& place, int first, const float (&d)[kFragments][kCount]) {
+        const GemmSm90Params& p = group.problem[place.product];
         // Not unrolled: only the choice of registers depends on their names.
 #pragma unroll 1
         for (int piece = 0; piece < kPieces; ++piece) {
@@ -103,7 +112,7 @@ public:
                 barrier_wait(barrier, parity);
                 parity ^= 1;
             }
-            put(v, piece);
+            put(v, piece, p.epilogue != kStore);
             fence_async_proxy();
             __syncwarp();
             if (threadIdx.x % 32 == 0) {
@@ -149,6 +158,7 @@ private:
 
     // Bias and gates of a piece, read before the piece ahead of it is put away.
     __device__ __forceinline__ void read_columns(const GemmPlace& place, int first, int piece) {
+        const GemmSm90Params& p = group.problem[place.product];
         const int column = lane_column(place, piece);
 #pragma unroll
         for (int g = 0; g < 8; ++g) {
@@ -156,10 +166,10 @@ private:
             bias[g] = inside ? *reinterpret_cast<const uint32_t*>(p.bias + column + 8 * g) : 0;
         }
         if (p.epilogue == kGatedAccumulate) {
-            read_gate(row(place, first, piece) + threadIdx.x % 32 / 4, column);
+            read_gate(p, row(place, first, piece) + threadIdx.x % 32 / 4, column);
         }
     }
-    __device__ __forceinline__ void read_gate(int row, int column) {
+    __device__ __forceinline__ void read_gate(const GemmSm90Params& p, int row, int column) {
         const float* from = p.gate + p.groups.sample_of(row) * p.ld_gate + column;
 #pragma unroll
         for (int g = 0; g < 8; ++g) {
@@ -176,11 +186,12 @@ private:
     }
     // The lower of a lane's two rows may belong to another sample than the upper.
     __device__ __forceinline__ void multiply_gate(float (&v)[32], const GemmPlace& place, int first, int piece) {
+        const GemmSm90Params& p = group.problem[place.product];
         const int upper = row(place, first, piece) + threadIdx.x % 32 / 4;
 #pragma unroll
         for (int g = 0; g < 8; ++g) v[4 * g] *= gate[g].x, v[4 * g + 1] *= gate[g].y;
         if (p.groups.sample_of(upper) != p.groups.sample_of(upper + 8)) {
-            read_gate(upper + 8, lane_column(place, piece));
+            read_gate(p, upper + 8, lane_column(place, piece));
         }
 #pragma unroll
         for (int g = 0; g < 8; ++g) v[4 * g + 2] *= gate[g].x, v[4 * g + 3] *= gate[g].y;
@@ -188,6 +199,7 @@ private:
 
     // Makes the box of `piece` free once more, and full where there is something to add to.
     __device__ __forceinline__ void reuse(const GemmPlace& place, int first, int piece) {
+        const GemmSm90Params& p = group.problem[place.product];
         if (threadIdx.x % 32 == 0) {
             box_stores_read<Tile::kBuffers - 1>();
             if (p.epilogue != kStore) {
@@ -199,14 +211,14 @@ private:
         __syncwarp();
     }
 
-    __device__ __forceinline__ void put(float (&v)[32], int piece) {
+    __device__ __forceinline__ void put(float (&v)[32], int piece, bool adds) {
         const int lane = threadIdx.x % 32;
         uint8_t* const rows = buffer(piece) + lane / 4 * 128 + lane % 4 * 4;
 #pragma unroll
         for (int g = 0; g < 8; ++g) {
             uint32_t* const upper = reinterpret_cast<uint32_t*>(rows + ((g ^ lane / 4) << 4));
             uint32_t* const lower = upper + 8 * 128 / 4;
-            if (p.epilogue != kStore) {
+            if (adds) {
                 const uint32_t a = *upper, b = *lower;
                 v[4 * g] += __uint_as_float(a << 16), v[4 * g + 1] += __uint_as_float(a & 0xffff0000u);
                 v[4 * g + 2] += __uint_as_float(b << 16), v[4 * g + 3] += __uint_as_float(b & 0xffff0000u);
@@ -216,7 +228,7 @@ private:
         }
     }
 
-    const GemmSm90Params& p;
+    const GemmGroup& group;
     uint8_t* const staging;
     const uint32_t barrier;
     uint32_t parity = 0;
@@ -226,30 +238,32 @@ private:
 
 template <class Tile, typename Out>
 struct Gemm {
-    const GemmSm90Params& p;
+    const GemmGroup& group;
 
     using Place = GemmPlace;
     using Finish = std::conditional_t<(Tile::kBuffers > 0), BoxFinish<Tile>, StagedFinish<Tile, Gemm>>;
 
-    __device__ __forceinline__ int row_tiles() const {
-        constexpr int kRows = Tile::kRows * Tile::kCluster;
-        return (p.m + kRows - 1) / kRows;
-    }
-    __device__ __forceinline__ int column_tiles() const { return (p.n + Tile::kCols - 1) / Tile::kCols; }
-    __device__ __forceinline__ int tiles() const { return row_tiles() * column_tiles(); }
+    __device__ __forceinline__ int tiles() const { return group.end; }
 
     __device__ __forceinline__ Place place(int tile, int rank) const {
-        const TilePosition at(tile, row_tiles(), column_tiles());
-        return {(at.row * Tile::kCluster + rank) * Tile::kRows, at.column * Tile::kCols};
+        constexpr int kRows = Tile::kRows * Tile::kCluster;
+        const int product = group.of(tile);
+        const GemmSm90Params& p = group.problem[product];
+        const TilePosition at(tile - group.first[product], (p.m + kRows - 1) / kRows,
+                              (p.n + Tile::kCols - 1) / Tile::kCols);
+        return {product, (at.row * Tile::kCluster + rank) * Tile::kRows, at.column * Tile::kCols};
     }
     __device__ __forceinline__ int column(const Place& place) const { return place.column; }
-    __device__ __forceinline__ int steps(const Place&) const {
-        return (p.k + Tile::kDepth - 1) / Tile::kDepth;
+    __device__ __forceinline__ int steps(const Place& place) const {
+        return (group.problem[place.product].k + Tile::kDepth - 1) / Tile::kDepth;
     }
-    __device__ __forceinline__ const TensorMap* columns_map() const { return &p.b; }
+    __device__ __forceinline__ const TensorMap* columns_map(const Place& place) const {
+        return &group.problem[place.product].b;
+    }
 
     template <class Step>
     __device__ __forceinline__ void each_step(const Place& place, const Step& step) const {
+        const GemmSm90Params& p = group.problem[place.product];
         for (int k = 0; k < p.k; k += Tile::kDepth) {
             step([&](uint32_t to, uint32_t barrier) { copy_box_2d(to, &p.a, barrier, k, place.row); }, k);
         }
@@ -259,6 +273,7 @@ struct Gemm {
     template <class Stage>
     __device__ __forceinline__ void finish(const Place& place, int tile_row, int tile_column,
                                            const Stage& stage, const float* staging) const {
+        const GemmSm90Params& p = group.problem[place.product];
         if (place.column + tile_column >= p.n) return;
         const int lane = threadIdx.x % 32;
         const int first_row = place.row + tile_row + lane / 8;
@@ -303,24 +318,25 @@ struct Gemm {
 };
 
 template <class Tile, typename Out>
-__device__ __forceinline__ void gemm(const GemmSm90Params& p) {
+__device__ __forceinline__ void gemm(const GemmGroup& group) {
     if (threadIdx.x == 0) {
+        const GemmSm90Params& p = group.problem[group.of(blockIdx.x / Tile::kCluster)];
         prefetch_tensor_map(&p.a);
         prefetch_tensor_map(&p.b);
     }
-    multiply_tiles<Tile>(Gemm<Tile, Out>{p});
+    multiply_tiles<Tile>(Gemm<Tile, Out>{group});
 }
 
 // Entry points; __launch_bounds__(…, 1) is what lets the warpgroups share out the registers anew.
 #define GEMM_KERNEL(name, Out, ...)                                          \
     extern "C" __global__ void __launch_bounds__(384, 1)                     \
-        name(const __grid_constant__ GemmSm90Params p) {                     \
-        gemm<Tile<__VA_ARGS__>, Out>(p);                                     \
+        name(const __grid_constant__ GemmGroup group) {                     \
+        gemm<Tile<__VA_ARGS__>, Out>(group);                                     \
     }
 #define GEMM_PAIR_KERNEL(name, Out, ...)                                     \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) \
-        name(const __grid_constant__ GemmSm90Params p) {                     \
-        gemm<Tile<__VA_ARGS__>, Out>(p);                                     \
+        name(const __grid_constant__ GemmGroup group) {                     \
+        gemm<Tile<__VA_ARGS__>, Out>(group);                                     \
     }
 
 // Rows, columns, cluster, whether consumers take tiles in turn, boxes of a warp.

@@ -15,12 +15,14 @@
 // Alignment  _v8: bf16 pointers 16 bytes, ldx, ldo and cols multiples of 8; the f32 pointer 16
 //            bytes, ld_modulation, shift_column and scale_column multiples of 4. _v1: none.
 //            head_norm_rope takes its fast path where the size is 64 and everything is aligned so.
-// Launch     grid ceil(rows / 4), block 128, no shared memory.
+// Launch     grid ceil(rows / 4), block 128, no shared memory. layer_norm_modulate and head_norm_rope
+//            take a Group, whose units are blocks: ceil(rows / 4) for each problem.
 //
 // One warp normalizes one row: no barrier, and a row of up to 2048 columns (rms_norm: 4096) stays
 // in registers, so that memory is read once and all its loads are under way together. The vectors
 // per lane are a template parameter because registers cannot be indexed at run time. Longer rows
 // and those of _v1 are read again for each pass, by then from the cache.
+#include "lib/group.cuh"
 #include "lib/reduce.cuh"
 #include "lib/types.cuh"
 
@@ -47,6 +49,7 @@ struct ModulateParams {
     int pad;
 };
 static_assert(sizeof(ModulateParams) == 144, "as on the host");
+static_assert(sizeof(Group<ModulateParams>) == 608, "as on the host");
 
 struct RmsNormParams {
     const bf16* x;
@@ -68,12 +71,14 @@ struct HeadNormRopeParams {
     int pad;
 };
 static_assert(sizeof(HeadNormRopeParams) == 64, "as on the host");
+static_assert(sizeof(Group<HeadNormRopeParams>) == 288, "as on the host");
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 
-__device__ __forceinline__ int64_t row_of_warp() {
-    return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+// The row of this warp in a problem whose first block is `first_block`.
+__device__ __forceinline__ int64_t row_of_warp(int first_block = 0) {
+    return static_cast<int64_t>(blockIdx.x - first_block) * kWarps + threadIdx.x / kWarpSize;
 }
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x % kWarpSize; }
@@ -259,8 +264,10 @@ __device__ __forceinline__ void layer_norm(const LayerNormParams& p) {
 }
 
 template <int V>
-__device__ __forceinline__ void layer_norm_modulate(const ModulateParams& p) {
-    const int64_t row = row_of_warp();
+__device__ __forceinline__ void layer_norm_modulate(const Group<ModulateParams>& group) {
+    const int which = group.of(blockIdx.x);
+    const ModulateParams& p = group.problem[which];
+    const int64_t row = row_of_warp(group.first[which]);
     if (row >= p.rows) return;
     const int sample = p.groups.sample_of(static_cast<int>(row));
     const float* vectors = p.modulation + sample * p.ld_modulation;
@@ -344,14 +351,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     layer_norm<1>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
-    layer_norm_modulate_v8(const __grid_constant__ ModulateParams p) {
-    layer_norm_modulate<8>(p);
+// Seven blocks on a multiprocessor: left to itself the compiler saves registers for an eighth, and spills.
+extern "C" __global__ void __launch_bounds__(kThreads, 7)
+    layer_norm_modulate_v8(const __grid_constant__ Group<ModulateParams> group) {
+    layer_norm_modulate<8>(group);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    layer_norm_modulate_v1(const __grid_constant__ ModulateParams p) {
-    layer_norm_modulate<1>(p);
+    layer_norm_modulate_v1(const __grid_constant__ Group<ModulateParams> group) {
+    layer_norm_modulate<1>(group);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
@@ -365,9 +373,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    head_norm_rope(const __grid_constant__ HeadNormRopeParams p) {
+    head_norm_rope(const __grid_constant__ Group<HeadNormRopeParams> group) {
     constexpr int kFastLanes = 8;
-    const int64_t row = row_of_warp();
+    const int which = group.of(blockIdx.x);
+    const HeadNormRopeParams& p = group.problem[which];
+    const int64_t row = row_of_warp(group.first[which]);
     if (row >= p.rows) return;
     bf16* x = p.x + row * p.ldx;
     const float* table = p.table + row * p.ld_table;

@@ -269,6 +269,47 @@ fn plans_of_the_real_models() {
     }
 }
 
+/// What may run at one time has memory of its own: of no two such nodes does one write where the
+/// other reads or writes.
+#[test]
+fn nodes_side_by_side_share_no_memory() {
+    for family in [Family::Sd3, Family::Miniflux] {
+        let graphs = real_graphs(family);
+        let (g, plan) = (&graphs[0], Plan::new(&graphs[0], DType::bytes));
+        let mut pairs = 0;
+        for (i, node) in g.nodes().iter().enumerate() {
+            let Some(written) = plan.lifetime(g.tensor(node.output).root) else { continue };
+            for j in g.group(i).filter(|&j| j != i) {
+                pairs += 1;
+                let other = &g.nodes()[j];
+                for &id in other.inputs.iter().chain([&other.output]) {
+                    let Some(used) = plan.lifetime(g.tensor(id).root) else { continue };
+                    let apart = written.offset + written.bytes <= used.offset
+                        || used.offset + used.bytes <= written.offset;
+                    assert!(apart || written.root == used.root, "{}: {i} and {j}", node.label);
+                }
+            }
+        }
+        assert!(pairs > 200, "{family}: only {pairs} pairs of nodes may run at one time");
+    }
+}
+
+#[test]
+fn what_depends_on_the_other_does_not_run_beside_it() {
+    let record = |first: Range<usize>, second: Range<usize>| {
+        let mut g = Graph::new();
+        let x = g.input("x", &[8, COLUMNS], DType::F32);
+        let [a, b] = [first, second].map(|rows| g.rows(x, rows));
+        for (from, to) in [(a, a), (b, b)] {
+            g.push_into(Op::Activate(Activation::Silu), &[from], to).expect("fits");
+        }
+        g.side_by_side(2).map(|()| (g.group(0), g.group(1)))
+    };
+    assert_eq!(record(0..4, 4..8).expect("apart"), (0..2, 0..2));
+    let error = record(0..5, 4..8).expect_err("one row is of both");
+    assert!(error.to_string().contains("activate"), "{error}");
+}
+
 #[test]
 fn published_videos_fit_the_limits_that_are_documented() {
     const GIB: u64 = 1 << 30;

@@ -25,7 +25,7 @@
 //                                           copy_rows(to, barrier) issues the copy of the rows' part
 //                                           and k is the first value of the columns' part
 //   int column(const Place&)                first column
-//   const TensorMap* columns_map()          2-D over (k, column), box 64 × kCols / kCluster
+//   const TensorMap* columns_map(const Place&)  2-D over (k, column), box 64 × kCols / kCluster
 //   class Finish                            what one warp does with its rows of a tile:
 //     Finish(const Problem&, shared, warp)
 //     void ahead(const Place&, row)         called once per tile among its first steps
@@ -266,10 +266,10 @@ __device__ __forceinline__ void produce(const Problem& problem, uint32_t shared,
             barrier_expect(ring.full(), Tile::kStageBytes);
             copy_rows(ring.a(), ring.full());
             if constexpr (Tile::kCluster == 1) {
-                copy_box_2d(ring.b(), problem.columns_map(), ring.full(), k, column);
+                copy_box_2d(ring.b(), problem.columns_map(place), ring.full(), k, column);
             } else {
                 copy_box_2d_multicast(ring.b() + rank * (Tile::kBytesB / Tile::kCluster),
-                                      problem.columns_map(), ring.full(), k,
+                                      problem.columns_map(place), ring.full(), k,
                                       column + rank * (Tile::kCols / Tile::kCluster),
                                       (1 << Tile::kCluster) - 1);
             }

@@ -137,18 +137,20 @@ impl Linear {
         Linear { strided: [input, output], ..self }
     }
 
-    fn record(&self, g: &mut Graph, dtype: DType) -> Result<()> {
+    /// Records the layer with names that begin with `prefix`.
+    fn record(&self, g: &mut Graph, dtype: DType, prefix: &str) -> Result<()> {
         let Linear { m, k, .. } = *self;
         let columns: usize = self.n.iter().sum();
+        let name = |of: &str| format!("{prefix}{of}");
         let x = match self.strided[0] {
-            true => view_of_input(g, "x", [m, k], dtype),
-            false => g.input("x", &[m, k], dtype),
+            true => view_of_input(g, &name("x"), [m, k], dtype),
+            false => g.input(&name("x"), &[m, k], dtype),
         };
         let mut parts = Vec::new();
         for (i, &n) in self.n.iter().enumerate() {
             let shape = if self.patches { vec![n, k / 4, 2, 2] } else { vec![n, k] };
-            let bias = self.bias.then(|| g.weight(&format!("{i}.bias"), &[n]));
-            parts.push((g.weight(&format!("{i}.weight"), &shape), bias));
+            let bias = self.bias.then(|| g.weight(&name(&format!("{i}.bias")), &[n]));
+            parts.push((g.weight(&name(&format!("{i}.weight")), &shape), bias));
         }
         let mut inputs = vec![x];
         let epilogue = match self.kind {
@@ -157,7 +159,7 @@ impl Linear {
             Kind::Accumulate => Epilogue::Accumulate,
             Kind::Gated { runs } => {
                 let width = GATE_COLUMN + columns + 8;
-                inputs.push(g.input("modulation", &[SAMPLES, width], DType::F32));
+                inputs.push(g.input(&name("modulation"), &[SAMPLES, width], DType::F32));
                 let groups = row_groups(m, runs);
                 Epilogue::GatedAccumulate { gate_column: GATE_COLUMN, groups }
             }
@@ -166,10 +168,10 @@ impl Linear {
         let output = if self.f32_output { DType::F32 } else { dtype };
         let place = match (self.strided[1], op.updates_output()) {
             (true, _) => place_within(g, "around", [m, columns], output),
-            (false, true) => g.input("accumulator", &[m, columns], output),
+            (false, true) => g.input(&name("accumulator"), &[m, columns], output),
             (false, false) => g.empty(&[m, columns], output),
         };
-        g.mark_output("y", place);
+        g.mark_output(&name("y"), place);
         g.push_into(op, &inputs, place)
     }
 
@@ -189,7 +191,7 @@ impl Linear {
         let outputs: &[&str] = if self.strided[1] { &FRAMED } else { &["y"] };
         // The last bits of a sum of k products depend on its order.
         let floor = if self.f32_output { (self.k as f64).sqrt() * 2f64.powi(-22) } else { 0.0 };
-        Case::new("linear", name, move |g, dtype| self.record(g, dtype))
+        Case::new("linear", name, move |g, dtype| self.record(g, dtype, ""))
             .outputs(outputs)
             .floor(floor)
     }
@@ -197,6 +199,23 @@ impl Linear {
     fn case(self) -> Case {
         self.named("")
     }
+}
+
+/// The results of nodes that may run at the same time.
+pub(super) const BESIDE: [&str; 6] = ["0:y", "1:y", "2:y", "3:y", "4:y", "5:y"];
+
+/// Layers that may run at the same time.
+fn side_by_side(layers: &[Linear]) -> Case {
+    let name = |layer: &Linear| layer.clone().case().name.replacen("linear/", "", 1);
+    let names: Vec<_> = layers.iter().map(name).collect();
+    let (count, layers) = (layers.len(), layers.to_vec());
+    Case::new("linear", format!("beside/{}", names.join("|")), move |g, dtype| {
+        for (i, layer) in layers.iter().enumerate() {
+            layer.record(g, dtype, &format!("{i}:"))?;
+        }
+        g.side_by_side(count)
+    })
+    .outputs(&BESIDE[..count])
 }
 
 pub(super) fn cases(scale: Scale) -> Vec<Case> {
@@ -219,6 +238,12 @@ fn small() -> Vec<Case> {
     cases.extend(
         (1..=6).map(|runs| linear(Kind::Gated { runs }, 70, &[16], 8).without_bias().case()),
     );
+    let gelu = Kind::Activate(Activation::GeluTanh);
+    cases.push(side_by_side(&[
+        linear(Kind::Store, 5, &[72], 40),
+        linear(gelu, 70, &[24, 8], 72).strided(true, false),
+        linear(Kind::Gated { runs: 2 }, 3, &[16], 8),
+    ]));
     cases
 }
 
@@ -254,6 +279,33 @@ fn test() -> Vec<Case> {
     cases.push(linear(Kind::Store, 63, &[72], 6144).case());
     cases.push(linear(Kind::Accumulate, 65, &[136], 10240).without_bias().case());
     cases.extend(structured());
+    cases.extend(beside());
+    cases
+}
+
+/// Text beside image, the parts of a joined block, more than one launch takes, results of two
+/// types.
+fn beside() -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    for kind in Kind::ALL {
+        for (text, image) in [(1, 240), (97, 130), (300, 63)] {
+            let of = |m| linear(kind, m, &[264, 136], 136);
+            cases.push(side_by_side(&[of(text), of(image).without_bias()]));
+        }
+    }
+    let gelu = Kind::Activate(Activation::GeluTanh);
+    cases.push(side_by_side(&[
+        linear(Kind::Store, 130, &[192], 192),
+        linear(Kind::Store, 257, &[192, 192], 192),
+        linear(gelu, 130, &[768], 192).strided(true, false),
+        linear(Kind::Gated { runs: 4 }, 65, &[72], 1536),
+    ]));
+    let patches = |m| Linear { patches: true, ..linear(Kind::Store, m, &[1536], 64) };
+    cases.push(side_by_side(&[15, 15, 60, 60, 240, 240].map(patches)));
+    cases.push(side_by_side(&[
+        linear(Kind::Store, 65, &[72], 64).without_bias().into_f32(),
+        linear(Kind::Store, 65, &[72], 64),
+    ]));
     cases
 }
 
@@ -329,6 +381,17 @@ fn bench() -> Vec<Case> {
         cases.push(linear(Kind::Store, m, &[1920, 1920], 1920).case());
         cases.push(linear(gelu, m, &[4 * 1920], 1920).strided(false, true).case());
         cases.push(linear(gated, m, &[1920], 5 * 1920).case());
+    }
+    // Text beside image, at the first stage of 384p.
+    for d in [1536, 1920] {
+        for (kind, n, k) in [
+            (Kind::Store, vec![d, d, d], d),
+            (gated, vec![d], d),
+            (gelu, vec![4 * d], d),
+            (gated, vec![d], 4 * d),
+        ] {
+            cases.push(side_by_side(&[97, 1850].map(|m| linear(kind, m, &n, k))));
+        }
     }
     // The T5 encoder, the modulation tables, the ends of the transformers.
     let t5 = |kind, n: &[usize], k| linear(kind, 128, n, k).without_bias().case();

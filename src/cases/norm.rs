@@ -1,6 +1,6 @@
 //! Norms of rows and of heads.
 
-use super::linear::{FRAMED, place_within, row_groups};
+use super::linear::{BESIDE, FRAMED, place_within, row_groups};
 use super::{Case, Fill, Scale};
 use crate::Result;
 use crate::graph::{Activation, Graph, Op, TensorId};
@@ -91,6 +91,46 @@ impl Norm {
     }
 }
 
+/// Norms with scale and shift, of so many rows and columns, that may run at the same time.
+fn modulates(norms: &'static [(usize, usize)]) -> Case {
+    let names: Vec<_> = norms.iter().map(|(m, n)| format!("m{m}-n{n}")).collect();
+    Case::new("layer_norm_modulate", format!("beside/{}", names.join("|")), move |g, dtype| {
+        for (i, &(rows, cols)) in norms.iter().enumerate() {
+            let x = g.input(&format!("{i}:x"), &[rows, cols], dtype);
+            let table = g.input(&format!("{i}:table"), &[SAMPLES, 2 * cols + 4 * i], DType::F32);
+            let groups = row_groups(rows, 1 + i);
+            let [shift_column, scale_column] = [4 * i, cols + 4 * i];
+            let op = Op::LayerNormModulate { eps: 1e-6, shift_column, scale_column, groups };
+            let y = g.push(op, &[x, table])?;
+            g.mark_output(BESIDE[i], y);
+        }
+        g.side_by_side(norms.len())
+    })
+    .outputs(&BESIDE[..norms.len()])
+}
+
+/// Queries and keys of text and of image in one tensor, all with weights of their own.
+fn heads_beside(text: usize, image: usize, heads: usize) -> Case {
+    let name = format!("beside/m{text}+{image}-h{heads}");
+    Case::new("head_norm_rope", name, move |g, dtype| {
+        let (d, rows) = (heads * HEAD_SIZE, text + image);
+        let qkv = g.input("qkv", &[rows, 3 * d], dtype);
+        g.mark_output("y", qkv);
+        let angles = (0..rows * HEAD_SIZE).map(|i| ((i / 2) as f64 * 0.37, i % 2));
+        let table = angles.map(|(a, odd)| if odd == 0 { a.cos() } else { a.sin() } as f32);
+        let table = g.constant("rope", &[rows, HEAD_SIZE], table.collect());
+        for (i, range) in [0..text, text..rows].into_iter().enumerate() {
+            let [place, table] = [qkv, table].map(|of| g.rows(of, range.clone()));
+            for part in 0..2 {
+                let weight = g.weight(&format!("{i}.{part}.weight"), &[HEAD_SIZE]);
+                let x = g.cols(place, part * d..part * d + d);
+                g.push_into(Op::HeadNormRope { weight, eps: 1e-6, heads }, &[table], x)?;
+            }
+        }
+        g.side_by_side(4)
+    })
+}
+
 /// Queries or keys within `qkv`, rotated by the rows `first ..` of a larger table.
 fn head_norm_rope(name: &str, rows: usize, heads: usize, first: usize) -> Case {
     let name = format!("{name}m{rows}-h{heads}-from{first}");
@@ -130,6 +170,8 @@ fn small() -> Vec<Case> {
     }
     cases.push(Norm::Modulate { runs: 6 }.case("", 40, 16));
     cases.extend([1, 3].map(|heads| head_norm_rope("", 5, heads, 2)));
+    cases.push(modulates(&[(3, 64), (5, 72)]));
+    cases.push(heads_beside(3, 5, 2));
     cases
 }
 
@@ -162,6 +204,11 @@ fn test() -> Vec<Case> {
     for rows in [1, 2, 65, 240] {
         cases.extend([1, 2, 3, 4, 24, 30].map(|heads| head_norm_rope("", rows, heads, rows % 7)));
     }
+    cases.push(modulates(&[(97, 1536), (240, 1536)]));
+    cases.push(modulates(&[(1, 1920), (257, 8), (4, 72), (65, 4096), (2, 264)]));
+    cases.push(modulates(&[(5, 20), (9, 64)]));
+    cases.extend([(1, 65), (97, 240), (40, 3)].map(|(t, i)| heads_beside(t, i, 24)));
+    cases.push(heads_beside(9, 14, 1));
     let row = 3 * HEAD_SIZE + 32;
     cases.push(head_norm_rope("ones/", 20, 3, 1).fill("qkv", Fill::Constant(1.0)));
     cases.push(head_norm_rope("zeros/", 20, 3, 1).fill("qkv", Fill::Constant(0.0)));
@@ -180,6 +227,8 @@ fn bench() -> Vec<Case> {
         }
         cases.extend([24, 30].map(|heads| head_norm_rope("", rows, heads, 0)));
     }
+    cases.push(modulates(&[(97, 1536), (1850, 1536)]));
+    cases.push(heads_beside(97, 1850, 24));
     cases.push(Norm::Rms.case("", 128, 4096));
     cases.push(Norm::Layer.case("", 77, 768));
     cases.push(Norm::Layer.case("", 77, 1280));

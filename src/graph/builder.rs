@@ -239,8 +239,32 @@ impl Graph {
         Ok(())
     }
 
+    /// Declares that the last `count` nodes may run at the same time, in any order: a backend
+    /// can make one launch of them where each alone would leave a device idle.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Model`] when one of them touches what another writes.
+    pub fn side_by_side(&mut self, count: usize) -> Result<()> {
+        let first = self.nodes.len().saturating_sub(count);
+        for (i, a) in self.nodes.iter().enumerate().skip(first) {
+            for (j, b) in self.nodes.iter().enumerate().skip(first) {
+                let touched = b.inputs.iter().chain([&b.output]);
+                let depends = i != j && touched.into_iter().any(|&t| self.overlap(a.output, t));
+                if depends || a.state.is_some() {
+                    let (a, b) = (a.op.name(), b.op.name());
+                    return Err(Error::model(format!(
+                        "{}: {a} and {b} cannot run at the same time",
+                        self.scope
+                    )));
+                }
+            }
+        }
+        self.nodes.iter_mut().skip(first + 1).for_each(|node| node.beside = true);
+        Ok(())
+    }
+
     fn record(&mut self, op: Op, inputs: &[TensorId], output: TensorId) {
-        let label = self.scope.clone();
-        self.nodes.push(Node { op, inputs: inputs.to_vec(), output, state: None, label });
+        let (inputs, label) = (inputs.to_vec(), self.scope.clone());
+        self.nodes.push(Node { op, inputs, output, state: None, beside: false, label });
     }
 }

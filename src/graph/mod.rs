@@ -133,6 +133,9 @@ pub struct Node {
     pub output: TensorId,
     /// The frames a causal convolution carries from one run to the next.
     pub state: Option<TensorId>,
+    /// Whether it may run at the same time as the node before it. See
+    /// [`Graph::side_by_side`].
+    pub beside: bool,
     /// Where in the model this node belongs, for messages and profiles.
     pub label: String,
 }
@@ -219,6 +222,30 @@ impl Graph {
     /// Whether node `index` changes the frames that are carried on.
     pub fn moves_on(&self, index: usize) -> bool {
         matches!(&self.nodes[index].op, Op::Conv3d(spec) if spec.moves_on)
+    }
+
+    /// The nodes that may run at the same time as node `index`, itself included.
+    pub fn group(&self, index: usize) -> Range<usize> {
+        let start = (0..=index).rev().find(|&i| !self.nodes[i].beside).unwrap_or(0);
+        let beside = self.nodes[index + 1..].iter().take_while(|node| node.beside).count();
+        start..index + 1 + beside
+    }
+
+    /// Whether two tensors have an element in common.
+    fn overlap(&self, a: TensorId, b: TensorId) -> bool {
+        let (a, b) = (self.tensor(a), self.tensor(b));
+        if a.root != b.root || a.is_empty() || b.is_empty() {
+            return false;
+        }
+        let last = |t: &Tensor| t.offset + (t.rows() - 1) * t.row_stride + t.cols();
+        if a.row_stride != b.row_stride {
+            return a.offset < last(b) && b.offset < last(a);
+        }
+        // Rows of one width: apart if they are so in either direction.
+        let rows = |t: &Tensor| t.offset / t.row_stride..t.offset / t.row_stride + t.rows();
+        let columns = |t: &Tensor| t.offset % t.row_stride..t.offset % t.row_stride + t.cols();
+        let meet = |a: Range<usize>, b: Range<usize>| a.start < b.end && b.start < a.end;
+        meet(rows(a), rows(b)) && meet(columns(a), columns(b))
     }
 
     /// Bytes of all weights the graph reads, at `bytes_per_element`.

@@ -242,10 +242,12 @@ fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u6
 fn spans(graph: &Graph, bytes_of: &dyn Fn(TensorId) -> u64) -> Vec<Lifetime> {
     let mut touched: Vec<Option<Range<usize>>> = vec![None; graph.tensors().len()];
     for (step, node) in graph.nodes().iter().enumerate() {
+        // What may run at one time may not share memory.
+        let group = graph.group(step);
         for &id in node.inputs.iter().chain([&node.output]) {
             let root = graph.tensor(id).root.index();
-            let span = touched[root].get_or_insert(step..step + 1);
-            span.end = step + 1;
+            let span = touched[root].get_or_insert(group.clone());
+            span.end = group.end;
         }
     }
     let mut lifetimes = Vec::new();

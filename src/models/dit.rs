@@ -386,12 +386,23 @@ impl Step<'_> {
         self.g.push_into(Op::Linear { parts, epilogue }, &[input, self.modulation], stream.x)
     }
 
-    /// `x ← x + gate · ff(LN(x)·(1 + scale) + shift)`.
-    pub fn feed_forward(&mut self, stream: &Stream, name: &str, norm: AdaNorm) -> Result<()> {
-        let n = self.modulate(stream, norm)?;
-        let act = Epilogue::Activate(Activation::GeluTanh);
-        let hidden = self.g.linear(&format!("{name}.net.0.proj"), n, 4 * self.d, act)?;
-        self.add_gated(stream, &format!("{name}.net.2"), hidden, norm)
+    /// `x ← x + gate · ff(LN(x)·(1 + scale) + shift)` for streams that do not share rows, each
+    /// with the name of its layers.
+    pub fn feed_forward(&mut self, parts: &[(&Stream, String, AdaNorm)]) -> Result<()> {
+        let modulate =
+            |(stream, _, norm): &(&Stream, String, AdaNorm)| self.modulate(stream, *norm);
+        let normed = parts.iter().map(modulate).collect::<Result<Vec<_>>>()?;
+        self.g.side_by_side(parts.len())?;
+        let mut hidden = Vec::new();
+        for ((_, name, _), n) in parts.iter().zip(normed) {
+            let act = Epilogue::Activate(Activation::GeluTanh);
+            hidden.push(self.g.linear(&format!("{name}.net.0.proj"), n, 4 * self.d, act)?);
+        }
+        self.g.side_by_side(parts.len())?;
+        for ((stream, name, norm), hidden) in parts.iter().zip(hidden) {
+            self.add_gated(stream, &format!("{name}.net.2"), hidden, *norm)?;
+        }
+        self.g.side_by_side(parts.len())
     }
 
     /// Projects `x` with the layers `names` side by side into `place`.
@@ -442,20 +453,24 @@ impl Step<'_> {
         let weight = self.g.weight(&format!("{name}.weight"), weight_shape);
         let bias = self.g.weight(&format!("{name}.bias"), &[self.d]);
         let mut current = None;
-        let mut first = 0;
-        let clips = self.geometry.history.iter().chain([&self.geometry.current]);
-        for (i, clip) in clips.enumerate() {
+        let mut patches = Vec::new();
+        let clips = || self.geometry.history.iter().chain([&self.geometry.current]);
+        for (i, clip) in clips().enumerate() {
             let is_current = i == self.geometry.history.len();
             let label = if is_current { "current".into() } else { format!("clip{i}") };
             let shape = [copies * clip.frames, clip.height, clip.width, channels];
             let latent = self.g.input(&label, &shape, DType::F32);
             current = is_current.then_some(latent);
             let dtype = self.g.tensor(x).dtype;
-            let patches = self.g.push_as(Op::Patchify { channels_first }, &[latent], dtype)?;
+            patches.push(self.g.push_as(Op::Patchify { channels_first }, &[latent], dtype)?);
+        }
+        let mut first = 0;
+        let count = samples * patches.len();
+        for (clip, patches) in clips().zip(patches) {
             for sample in 0..samples {
                 let of = if self.geometry.separate_latents { sample } else { 0 };
                 let source = self.g.rows(patches, span(of * clip.tokens(), clip.tokens()));
-                let rows = if is_current {
+                let rows = if first == self.geometry.history_tokens() {
                     self.geometry.current_of(sample)
                 } else {
                     span(self.geometry.history_of(sample).start + first, clip.tokens())
@@ -467,6 +482,7 @@ impl Step<'_> {
             }
             first += clip.tokens();
         }
+        self.g.side_by_side(count)?;
         current.ok_or_else(|| Error::input("the transformer needs a current frame"))
     }
 

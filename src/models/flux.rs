@@ -130,17 +130,19 @@ fn single_block(step: &mut Step<'_>, name: &str, x: TensorId, last: bool) -> Res
     step.project(kept, &[to_q], q)?;
     let kv = step.g.empty(&[geometry.rows(), 2 * d], dtype);
     step.project(n, &[to_k, to_v], kv)?;
-    let [k, v] = [0, d].map(|column| step.g.cols(kv, span(column, d)));
-    step.norm_heads(q, first, &format!("{name}.attn.norm_q.weight"))?;
-    step.norm_heads(k, 0, &format!("{name}.attn.norm_k.weight"))?;
-
     let joined = step.g.empty(&[rows.len(), 5 * d], dtype);
-    let attention = step.g.cols(joined, 0..d);
-    step.attend([q, k, v], segments, attention)?;
     let hidden = step.g.cols(joined, d..5 * d);
     let parts = vec![step.g.linear_weights(&format!("{name}.proj_mlp"), 4 * d, d)];
     let epilogue = Epilogue::Activate(Activation::GeluTanh);
     step.g.push_into(Op::Linear { parts, epilogue }, &[kept], hidden)?;
+    step.g.side_by_side(3)?;
+
+    let [k, v] = [0, d].map(|column| step.g.cols(kv, span(column, d)));
+    step.norm_heads(q, first, &format!("{name}.attn.norm_q.weight"))?;
+    step.norm_heads(k, 0, &format!("{name}.attn.norm_k.weight"))?;
+    step.g.side_by_side(2)?;
+    let attention = step.g.cols(joined, 0..d);
+    step.attend([q, k, v], segments, attention)?;
 
     let stream = Stream { x: step.g.rows(x, rows), groups };
     step.add_gated(&stream, &format!("{name}.proj_out"), joined, norm)

@@ -104,26 +104,37 @@ pub(super) fn joint_block(
     let dtype = step.g.tensor(streams[0].x).dtype;
     let qkv = step.g.empty(&[rows, 3 * d], dtype);
     let ranges = [geometry.text_rows(), geometry.image_rows()];
-    for ((stream, names), range) in streams.iter().zip(names).zip(&ranges) {
-        let start = step.layout.start(&format!("{name}.{}", names.norm));
-        let n = step.modulate(stream, AdaNorm::first(start, d))?;
+    let starts = names.map(|names| step.layout.start(&format!("{name}.{}", names.norm)));
+    let mut normed = Vec::new();
+    for (stream, start) in streams.iter().zip(starts) {
+        normed.push(step.modulate(stream, AdaNorm::first(start, d))?);
+    }
+    step.g.side_by_side(2)?;
+    for ((names, range), n) in names.iter().zip(&ranges).zip(normed) {
         let place = step.g.rows(qkv, range.clone());
         step.project(n, &names.qkv.map(|p| format!("{name}.attn.{p}")), place)?;
+    }
+    step.g.side_by_side(2)?;
+    for (names, range) in names.iter().zip(&ranges) {
+        let place = step.g.rows(qkv, range.clone());
         for (column, norm) in [(0, names.norm_q), (d, names.norm_k)] {
             let heads = step.g.cols(place, span(column, d));
             step.norm_heads(heads, range.start, &format!("{name}.attn.{norm}.weight"))?;
         }
     }
+    step.g.side_by_side(4)?;
     let [q, k, v] = [0, d, 2 * d].map(|column| step.g.cols(qkv, span(column, d)));
     let attention = step.g.empty(&[rows, d], dtype);
     step.attend([q, k, v], geometry.attention(), attention)?;
-    for ((stream, names), range) in streams.iter().zip(names).zip(ranges) {
-        let start = step.layout.start(&format!("{name}.{}", names.norm));
+    for (((stream, names), range), start) in streams.iter().zip(names).zip(ranges).zip(starts) {
         let part = step.g.rows(attention, range);
         let out = format!("{name}.attn.{}", names.out);
         step.add_gated(stream, &out, part, AdaNorm::first(start, d))?;
-        let feed_forward = format!("{name}.{}", names.feed_forward);
-        step.feed_forward(stream, &feed_forward, AdaNorm::second(start, d))?;
     }
-    Ok(())
+    step.g.side_by_side(2)?;
+    let part = |i: usize| {
+        let name = format!("{name}.{}", names[i].feed_forward);
+        (&streams[i], name, AdaNorm::second(starts[i], d))
+    };
+    step.feed_forward(&[part(0), part(1)])
 }

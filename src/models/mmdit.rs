@@ -134,35 +134,36 @@ fn last_block(step: &mut Step<'_>, name: &str, streams: &[Stream; 2], x: TensorI
     let kv = step.g.empty(&[geometry.rows(), 2 * d], dtype);
     let q = step.g.empty(&[geometry.current_rows().len(), d], dtype);
     let ranges = [geometry.text_rows(), geometry.image_rows()];
-    for (s, range) in ranges.iter().enumerate() {
-        let names = &STREAMS[s];
-        let start = step.layout.start(&format!("{name}.{}", names.norm));
-        let norm = if s == 0 { AdaNorm::continuous(start, d) } else { AdaNorm::first(start, d) };
-        let n = step.modulate(&streams[s], norm)?;
+    let starts = STREAMS.map(|names| step.layout.start(&format!("{name}.{}", names.norm)));
+    let text = step.modulate(&streams[0], AdaNorm::continuous(starts[0], d))?;
+    let image = step.modulate(&streams[1], AdaNorm::first(starts[1], d))?;
+    step.g.side_by_side(2)?;
+    let weight = |part: &str| format!("{name}.attn.{part}");
+    for ((names, range), n) in STREAMS.iter().zip(&ranges).zip([text, image]) {
+        let [_, to_k, to_v] = names.qkv.map(weight);
         let place = step.g.rows(kv, range.clone());
-        let [to_q, to_k, to_v] = names.qkv.map(|p| format!("{name}.attn.{p}"));
         step.project(n, &[to_k, to_v], place)?;
-        let keys = step.g.cols(place, 0..d);
-        step.norm_heads(keys, range.start, &format!("{name}.attn.{}.weight", names.norm_k))?;
-        if s == 1 {
-            let first = geometry.current_rows().start;
-            let current = step.g.rows(n, first - range.start..range.len());
-            step.project(current, &[to_q], q)?;
-            step.norm_heads(q, first, &format!("{name}.attn.{}.weight", names.norm_q))?;
-        }
     }
+    let first = geometry.current_rows().start;
+    let current = step.g.rows(image, first - ranges[1].start..ranges[1].len());
+    step.project(current, &[weight(STREAMS[1].qkv[0])], q)?;
+    step.g.side_by_side(3)?;
+    let norm = |part: &str| weight(&format!("{part}.weight"));
+    for (names, range) in STREAMS.iter().zip(&ranges) {
+        let place = step.g.rows(kv, range.clone());
+        let keys = step.g.cols(place, 0..d);
+        step.norm_heads(keys, range.start, &norm(names.norm_k))?;
+    }
+    step.norm_heads(q, first, &norm(STREAMS[1].norm_q))?;
+    step.g.side_by_side(3)?;
     let [k, v] = [0, d].map(|column| step.g.cols(kv, span(column, d)));
     let attention = step.g.empty(&[geometry.current_rows().len(), d], dtype);
     let segments = geometry.current_attention(geometry.current_rows().start);
     step.attend([q, k, v], segments, attention)?;
     let current =
         Stream { x: step.g.rows(x, geometry.current_rows()), groups: geometry.groups_of_current() };
-    let start = step.layout.start(&format!("{name}.norm1"));
-    step.add_gated(
-        &current,
-        &format!("{name}.attn.to_out.0"),
-        attention,
-        AdaNorm::first(start, d),
-    )?;
-    step.feed_forward(&current, &format!("{name}.ff"), AdaNorm::second(start, d))
+    let [_, start] = starts;
+    step.add_gated(&current, &weight(STREAMS[1].out), attention, AdaNorm::first(start, d))?;
+    let feed_forward = format!("{name}.{}", STREAMS[1].feed_forward);
+    step.feed_forward(&[(&current, feed_forward, AdaNorm::second(start, d))])
 }

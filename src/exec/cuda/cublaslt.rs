@@ -22,6 +22,7 @@ use cudarc::cublaslt::sys::{
 };
 
 use super::driver::{Address, Context, Stream};
+use super::ops::linear::Takes;
 use super::session::Place;
 use crate::tensor::DType;
 use crate::{Error, Result};
@@ -152,8 +153,8 @@ struct Algorithm {
 /// The library on one GPU, for one session.
 pub(super) struct CublasLt {
     handle: Arc<Handle>,
-    /// Layers of more rows are not for it.
-    pub most_rows: usize,
+    /// The layers that are for it.
+    pub takes: Takes,
     /// `None` for what the library cannot do on this GPU.
     algorithms: RefCell<HashMap<Shape, Option<Algorithm>>>,
 }
@@ -162,7 +163,7 @@ impl CublasLt {
     /// Bytes of memory that products may work in, one at a time.
     pub const WORKSPACE: usize = 32 << 20;
 
-    pub fn new(context: &Arc<Context>, most_rows: usize) -> Result<CublasLt> {
+    pub fn new(context: &Arc<Context>, takes: Takes) -> Result<CublasLt> {
         if version().is_none() {
             return Err(Error::device("cuBLASLt was not found").hint(
                 "put the folder of libcublasLt.so.13 into LD_LIBRARY_PATH, or do without it",
@@ -171,7 +172,7 @@ impl CublasLt {
         context.bind()?;
         let handle = check("starting", result::create_handle())?;
         let handle = Arc::new(Handle { handle, context: context.clone() });
-        Ok(CublasLt { handle, most_rows, algorithms: RefCell::default() })
+        Ok(CublasLt { handle, takes, algorithms: RefCell::default() })
     }
 
     /// Makes a product ready to be queued. It works in [`CublasLt::WORKSPACE`] bytes from

@@ -34,14 +34,41 @@ pub(super) struct Parameters(Box<[Line]>);
 struct Line([u8; 64]);
 
 impl Parameters {
+    /// Most problems of a group.
+    pub const MOST: usize = 4;
+
     pub fn new<T: Pod>(parameters: &T) -> Parameters {
-        let bytes = bytemuck::bytes_of(parameters);
+        Self::of_bytes(bytemuck::bytes_of(parameters))
+    }
+
+    fn of_bytes(bytes: &[u8]) -> Parameters {
         let line = |chunk: &[u8]| {
             let mut line = Line([0; 64]);
             line.0[..chunk.len()].copy_from_slice(chunk);
             line
         };
         Parameters(bytes.chunks(64).map(line).collect())
+    }
+
+    /// A `Group` of `kernels/lib/group.cuh`: problems, each with its number of units of work.
+    ///
+    /// # Panics
+    /// If there are more than [`Parameters::MOST`].
+    pub fn group<T: Pod>(problems: &[(T, i32)]) -> Parameters {
+        assert!(problems.len() <= Self::MOST, "{} problems in one launch", problems.len());
+        let mut bytes = Vec::with_capacity((Self::MOST + 1) * size_of::<T>().max(32));
+        problems
+            .iter()
+            .for_each(|(problem, _)| bytes.extend_from_slice(bytemuck::bytes_of(problem)));
+        bytes.resize(Self::MOST * size_of::<T>(), 0);
+        let (mut first, mut end) = ([i32::MAX; Self::MOST], 0);
+        for ((_, units), first) in problems.iter().zip(&mut first) {
+            *first = end;
+            end += units;
+        }
+        bytes.extend_from_slice(bytemuck::bytes_of(&first));
+        bytes.extend_from_slice(bytemuck::bytes_of(&[end, 0, 0, 0]));
+        Self::of_bytes(&bytes)
     }
 
     /// Where the struct lies.

@@ -6,7 +6,7 @@ use crate::exec::cuda::cublaslt::{CublasLt, Fused, Product};
 use crate::exec::cuda::kernels::blocks;
 use crate::exec::cuda::params::{self, RowGroups};
 use crate::exec::cuda::session::Place;
-use crate::exec::cuda::step::Work;
+use crate::exec::cuda::step::{Parameters, Work};
 use crate::exec::cuda::tensor_map;
 use crate::exec::cuda::weights::{bias_key, is_gated, linear_key};
 use crate::exec::cuda::{Cuda, Gemm};
@@ -18,15 +18,31 @@ use crate::{Error, Result};
 /// split inner dimensions serve it better. docs/performance.md has the rates.
 const OWN_ROWS: usize = 1024;
 
+/// Which linear layers go to cuBLASLt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::exec::cuda) enum Takes {
+    /// Those of few rows that can run beside no other: a launch of several is faster than the
+    /// library is at each.
+    FewRowsAlone,
+    /// All that it can do.
+    Everything,
+}
+
+impl Takes {
+    fn includes(self, rows: usize, alone: bool) -> bool {
+        self == Takes::Everything || (alone && rows < OWN_ROWS)
+    }
+}
+
 /// cuBLASLt, if linear layers of a session go to it.
 pub(in crate::exec::cuda) fn library(backend: &Cuda) -> Result<Option<CublasLt>> {
-    let library = |most_rows| CublasLt::new(&backend.context, most_rows);
+    let library = |takes| CublasLt::new(&backend.context, takes);
     match backend.gemm {
         Gemm::Own => Ok(None),
         // Nothing is lost but time where it is not installed, or not made for this driver.
-        Gemm::Automatic if backend.kernels.hopper => Ok(library(OWN_ROWS - 1).ok()),
-        Gemm::Automatic => Ok(library(usize::MAX).ok()),
-        Gemm::CublasLt => library(usize::MAX).map(Some),
+        Gemm::Automatic if backend.kernels.hopper => Ok(library(Takes::FewRowsAlone).ok()),
+        Gemm::Automatic => Ok(library(Takes::Everything).ok()),
+        Gemm::CublasLt => library(Takes::Everything).map(Some),
     }
 }
 
@@ -105,7 +121,8 @@ pub(super) fn linear(
             x.cols, x.stride
         )));
     }
-    let library = p.cublaslt.filter(|library| x.rows <= library.most_rows);
+    let alone = p.graph.group(p.index).len() == 1;
+    let library = p.cublaslt.filter(|library| library.takes.includes(x.rows, alone));
     if let (Some(library), Some(fused)) = (library, fused(parts, epilogue, dtype)) {
         let params::Gemm { weight, bias, .. } = gemm;
         // Where the library has no algorithm, as for odd alignments, a kernel takes over.
@@ -116,12 +133,44 @@ pub(super) fn linear(
             return Ok(());
         }
     }
+    p.waiting.layers.push(Layer { gemm, x, out });
+    Ok(())
+}
+
+/// A linear layer for one of our kernels.
+pub(in crate::exec::cuda) struct Layer {
+    gemm: params::Gemm,
+    x: Place,
+    out: Place,
+}
+
+/// Appends launches of all, one for all of them where kernels take several.
+pub(super) fn launch(p: &mut Prepare<'_>, layers: &[Layer]) -> Result<()> {
+    let f32_out = |layer: &Layer| layer.gemm.out_f32 != 0;
+    let alike = layers.windows(2).all(|pair| f32_out(&pair[0]) == f32_out(&pair[1]));
+    if p.kernels.hopper && alike && layers.iter().all(fits_hopper) {
+        return launch_hopper(p, layers, layers.iter().any(f32_out));
+    }
     let multiprocessors = p.kernels.multiprocessors as usize;
-    if p.kernels.hopper && fits_hopper(&gemm, out) {
-        let f32_out = dtype == DType::F32;
-        let tiles = if f32_out { &HOPPER_TILES_F32[..] } else { &HOPPER_TILES };
-        let units = |t: &Tile| x.rows.div_ceil(t.rows * t.cluster) * out.cols.div_ceil(t.columns);
-        let (tile, grid) = hopper::cheapest(tiles.iter(), multiprocessors, x.cols, units)?;
+    for Layer { gemm, x, out } in layers {
+        let (name, rows, columns) = generic_tile(x.rows, out.cols, multiprocessors);
+        let tiles = x.rows.div_ceil(rows) * out.cols.div_ceil(columns);
+        p.launch(name, [blocks(tiles, 1)?, 1, 1], gemm)?;
+    }
+    Ok(())
+}
+
+fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result<()> {
+    let tiles = if f32_out { &HOPPER_TILES_F32[..] } else { &HOPPER_TILES };
+    let units = |t: &Tile, layer: &Layer| {
+        layer.x.rows.div_ceil(t.rows * t.cluster) * layer.out.cols.div_ceil(t.columns)
+    };
+    let all = |t: &Tile| layers.iter().map(|layer| units(t, layer)).sum();
+    let depth = layers.iter().map(|layer| layer.x.cols).max().unwrap_or(0);
+    let multiprocessors = p.kernels.multiprocessors as usize;
+    let (tile, grid) = hopper::cheapest(tiles.iter(), multiprocessors, depth, all)?;
+    let problem = |layer: &Layer| {
+        let &Layer { gemm, x, out } = layer;
         let (rows, cols) = (out.cols, x.cols);
         let weight = Place { address: gemm.weight, rows, cols, stride: cols, dtype: DType::Bf16 };
         let parameters = params::GemmSm90 {
@@ -131,12 +180,11 @@ pub(super) fn linear(
             gemm,
             tail: [0; 3],
         };
-        let suffix = if f32_out { "_f32" } else { "" };
-        return p.launch(&format!("gemm_sm90_{tile}{suffix}"), grid, &parameters);
-    }
-    let (name, rows, columns) = generic_tile(x.rows, out.cols, multiprocessors);
-    let tiles = x.rows.div_ceil(rows) * out.cols.div_ceil(columns);
-    p.launch(name, [blocks(tiles, 1)?, 1, 1], &gemm)
+        Ok((parameters, int(units(tile, layer))?))
+    };
+    let problems = layers.iter().map(problem).collect::<Result<Vec<_>>>()?;
+    let suffix = if f32_out { "_f32" } else { "" };
+    p.launch_with(&format!("gemm_sm90_{tile}{suffix}"), grid, Parameters::group(&problems))
 }
 
 /// The tiles of `kernels/gemm_sm90.cu` for bf16 and for f32.
@@ -150,8 +198,8 @@ const HOPPER_TILES_F32: [Tile; 2] = [
     Tile { rows: 128, columns: 64, cluster: 1, in_turn: false },
 ];
 
-/// Whether the kernels for sm_90 take this product.
-fn fits_hopper(gemm: &params::Gemm, out: Place) -> bool {
+/// Whether the kernels for sm_90 take this layer.
+fn fits_hopper(Layer { gemm, out, .. }: &Layer) -> bool {
     gemm.n % 8 == 0
         && out.stride.is_multiple_of(8)
         && out.address.is_multiple_of(32)

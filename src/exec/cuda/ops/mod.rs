@@ -2,6 +2,7 @@
 
 pub(super) mod attention;
 mod conv;
+mod group;
 mod hopper;
 mod latent;
 pub(super) mod linear;
@@ -20,6 +21,7 @@ use super::weights::{DeviceWeights, Key};
 use crate::graph::{Graph, Node, Op, TensorId};
 use crate::tensor::DType;
 use crate::{Error, Result};
+pub(super) use group::Waiting;
 
 /// Bytes of scratch memory that the largest node of `graph` needs, with cuBLASLt or without.
 pub(super) fn scratch_bytes(graph: &Graph, kernels: &Kernels, cublaslt: bool) -> usize {
@@ -45,11 +47,20 @@ pub(super) struct Prepare<'a> {
     pub scratch: Address,
     pub place: &'a dyn Fn(TensorId) -> Result<Place>,
     pub steps: &'a mut Vec<Step>,
+    /// What of the nodes before may become one launch with what this one needs.
+    pub waiting: &'a mut Waiting,
+    /// Whether nothing waits for the node after this one.
+    pub last_of_group: bool,
 }
 
 impl Prepare<'_> {
-    /// Appends the steps of the node.
+    /// Appends the steps of the node, or lets them wait for those of the next.
     pub fn node(&mut self) -> Result<()> {
+        self.steps_of_node()?;
+        if self.last_of_group { self.launch_waiting() } else { Ok(()) }
+    }
+
+    fn steps_of_node(&mut self) -> Result<()> {
         match &self.node.op {
             Op::Embedding { table, positions } => pointwise::embedding(self, *table, *positions),
             Op::Linear { parts, epilogue } => linear::linear(self, parts, epilogue),
@@ -116,8 +127,12 @@ impl Prepare<'_> {
 
     /// Appends a launch of the kernel `name`.
     fn launch<T: Pod>(&mut self, name: &str, grid: [u32; 3], parameters: &T) -> Result<()> {
+        self.launch_with(name, grid, Parameters::new(parameters))
+    }
+
+    fn launch_with(&mut self, name: &str, grid: [u32; 3], parameters: Parameters) -> Result<()> {
         let kernel = self.kernels.get(name)?;
-        self.push(Work::Launch { kernel, grid, parameters: Parameters::new(parameters) });
+        self.push(Work::Launch { kernel, grid, parameters });
         Ok(())
     }
 

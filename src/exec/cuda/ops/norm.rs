@@ -1,10 +1,13 @@
 //! Norms.
 
+use bytemuck::Pod;
+
 use super::linear::row_groups;
 use super::{Prepare, in_eights, int};
 use crate::Result;
 use crate::exec::cuda::kernels::{Kernels, blocks};
 use crate::exec::cuda::params;
+use crate::exec::cuda::step::Parameters;
 use crate::exec::cuda::weights::{Form, Key};
 use crate::graph::{Graph, Node, Op, RowGroup, WeightId};
 use crate::tensor::DType;
@@ -72,8 +75,30 @@ pub(super) fn layer_norm_modulate(
     let vectors_aligned = modulation.address.is_multiple_of(16)
         && [modulation.stride, shift_column, scale_column].iter().all(|n| n.is_multiple_of(4));
     let aligned = vectors_aligned && in_eights(&[x, out]);
+    p.waiting.modulated.push(Modulated { parameters, aligned });
+    Ok(())
+}
+
+/// A layer norm with scale and shift, and whether it can go in pieces of 8.
+pub(in crate::exec::cuda) struct Modulated {
+    parameters: params::Modulate,
+    aligned: bool,
+}
+
+/// Appends one launch of all.
+pub(super) fn launch_modulated(p: &mut Prepare<'_>, norms: &[Modulated]) -> Result<()> {
+    let aligned = norms.iter().all(|norm| norm.aligned);
     let name = variant(aligned, "layer_norm_modulate_v8", "layer_norm_modulate_v1");
-    p.launch(name, grid(out.rows)?, &parameters)
+    let problems: Vec<_> = norms.iter().map(|n| (n.parameters, n.parameters.rows)).collect();
+    launch_rows(p, name, &problems)
+}
+
+/// Appends one launch of problems of so many rows.
+fn launch_rows<T: Pod>(p: &mut Prepare<'_>, name: &str, problems: &[(T, i64)]) -> Result<()> {
+    let units = |(problem, rows): &(T, i64)| Ok((*problem, int((*rows as usize).div_ceil(ROWS))?));
+    let problems = problems.iter().map(units).collect::<Result<Vec<_>>>()?;
+    let total = problems.iter().map(|(_, units)| *units as usize).sum();
+    p.launch_with(name, [blocks(total, 1)?, 1, 1], Parameters::group(&problems))
 }
 
 pub(super) fn rms_norm(p: &mut Prepare<'_>, weight: WeightId, eps: f32) -> Result<()> {
@@ -111,7 +136,17 @@ pub(super) fn head_norm_rope(
         eps,
         pad: 0,
     };
-    p.launch("head_norm_rope", grid(x.rows)?, &parameters)
+    p.waiting.head_norms.push(HeadNorm(parameters));
+    Ok(())
+}
+
+/// The heads of some rows.
+pub(in crate::exec::cuda) struct HeadNorm(params::HeadNormRope);
+
+/// Appends one launch of all.
+pub(super) fn launch_head_norms(p: &mut Prepare<'_>, norms: &[HeadNorm]) -> Result<()> {
+    let problems: Vec<_> = norms.iter().map(|norm| (norm.0, norm.0.rows)).collect();
+    launch_rows(p, "head_norm_rope", &problems)
 }
 
 /// How the pixels of each frame are divided among the blocks of a group norm.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::{CudaSession, Place, Planned};
 use crate::exec::cuda::driver::{Address, DeviceMemory};
 use crate::exec::cuda::memory::Piece;
-use crate::exec::cuda::ops::Prepare;
+use crate::exec::cuda::ops::{Prepare, Waiting};
 use crate::exec::cuda::step::Step;
 use crate::exec::cuda::weights::{Form, Key};
 use crate::graph::{Graph, Node, Plan, Role, StagedWhat, TensorId};
@@ -82,7 +82,7 @@ impl CudaSession {
 
     pub(super) fn prepare(&self, planned: &Planned) -> Result<Vec<Step>> {
         let [_, scratch] = self.bases();
-        let mut steps = Vec::new();
+        let (mut steps, mut waiting) = (Vec::new(), Waiting::default());
         for (index, node) in planned.graph.nodes().iter().enumerate() {
             let place = |id| self.place(planned, id);
             let mut prepare = Prepare {
@@ -97,6 +97,10 @@ impl CudaSession {
                 scratch,
                 place: &place,
                 steps: &mut steps,
+                waiting: &mut waiting,
+                // What comes and goes does so for one node at a time.
+                last_of_group: !planned.schedule.is_empty()
+                    || planned.graph.group(index).end == index + 1,
             };
             prepare.node().map_err(|e| e.at(format!("{} ({})", node.label, node.op.name())))?;
         }
