@@ -26,6 +26,7 @@
 // the other multiplies. Masks cost only the last tile of a range.
 
 #include "lib/attention.cuh"
+#include "lib/launch.cuh"
 #include "lib/mma.cuh"
 
 namespace {
@@ -300,15 +301,18 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     attention_64(const __grid_constant__ AttentionParams p) {
+    after_predecessor();
     attend<64, 2, false>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     attention_64_masked(const __grid_constant__ AttentionParams p) {
+    after_predecessor();
     attend<64, 1, true>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     attention_16_masked(const __grid_constant__ AttentionParams p) {
+    after_predecessor();
     attend<16, 1, true>(p);
 }

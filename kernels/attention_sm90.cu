@@ -29,6 +29,7 @@
 // along with the data, in shared memory.
 #include "lib/attention.cuh"
 #include "lib/hopper.cuh"
+#include "lib/launch.cuh"
 #include "lib/wgmma.cuh"
 
 namespace {
@@ -453,6 +454,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         barrier_init_fence();
     }
     __syncthreads();
+    after_predecessor();
 
     const int group = warp_uniform(threadIdx.x / 128);
     if (group == kGroups) {

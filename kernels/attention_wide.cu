@@ -18,6 +18,7 @@
 // 256 on.
 
 #include "lib/attention.cuh"
+#include "lib/launch.cuh"
 #include "lib/mma.cuh"
 
 namespace {
@@ -178,6 +179,7 @@ __device__ __forceinline__ void store_sums(const AttentionParams& p, const Atten
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention_wide(const __grid_constant__ AttentionParams p) {
+    after_predecessor();
     extern __shared__ __align__(128) unsigned char memory[];
     // Ring of pieces, weights, maxima (later totals) by half of the keys, factors; then q.
     unsigned char* const weights = memory + kPieces * kPieceBytes;

@@ -43,6 +43,7 @@
 
 #include "lib/epilogue.cuh"
 #include "lib/gemm_tile.cuh"
+#include "lib/launch.cuh"
 
 struct ConvParams {
     const bf16* x;
@@ -200,34 +201,42 @@ __device__ __forceinline__ void conv3d(const ConvParams& p) {
 extern "C" {
 
 __global__ void __launch_bounds__(256, 1) conv3d_256x128(const __grid_constant__ ConvParams p) {
+    after_predecessor();
     conv3d<Tile256x128>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) conv3d_128x128(const __grid_constant__ ConvParams p) {
+    after_predecessor();
     conv3d<Tile128x128>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) conv3d_128x64(const __grid_constant__ ConvParams p) {
+    after_predecessor();
     conv3d<Tile128x64>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) conv3d_64x64(const __grid_constant__ ConvParams p) {
+    after_predecessor();
     conv3d<Tile64x64>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) conv3d_128x32(const __grid_constant__ ConvParams p) {
+    after_predecessor();
     conv3d<Tile128x32>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) conv3d_128x16(const __grid_constant__ ConvParams p) {
+    after_predecessor();
     conv3d<Tile128x16>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) conv3d_any_128x64(const __grid_constant__ ConvParams p) {
+    after_predecessor();
     conv3d<Tile128x64, true>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) conv3d_any_128x32(const __grid_constant__ ConvParams p) {
+    after_predecessor();
     conv3d<Tile128x32, true>(p);
 }
 

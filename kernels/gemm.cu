@@ -29,6 +29,7 @@
 
 #include "lib/epilogue.cuh"
 #include "lib/gemm_tile.cuh"
+#include "lib/launch.cuh"
 
 struct GemmParams {
     const bf16* x;
@@ -66,30 +67,37 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
 extern "C" {
 
 __global__ void __launch_bounds__(256, 1) gemm_256x128(const __grid_constant__ GemmParams p) {
+    after_predecessor();
     gemm<Tile256x128>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) gemm_128x128(const __grid_constant__ GemmParams p) {
+    after_predecessor();
     gemm<Tile128x128>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) gemm_128x64(const __grid_constant__ GemmParams p) {
+    after_predecessor();
     gemm<Tile128x64>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) gemm_64x64(const __grid_constant__ GemmParams p) {
+    after_predecessor();
     gemm<Tile64x64>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) gemm_16x64(const __grid_constant__ GemmParams p) {
+    after_predecessor();
     gemm<Tile16x64>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) gemm_128x32(const __grid_constant__ GemmParams p) {
+    after_predecessor();
     gemm<Tile128x32>(p);
 }
 
 __global__ void __launch_bounds__(128, 2) gemm_128x16(const __grid_constant__ GemmParams p) {
+    after_predecessor();
     gemm<Tile128x16>(p);
 }
 

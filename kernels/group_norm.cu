@@ -25,6 +25,7 @@
 // and the affine map stay in registers and a group may have any number of channels. It takes
 // eight pixels at a time: eight loads under way, and an exact two-pass mean and variance of
 // them without another read.
+#include "lib/launch.cuh"
 #include "lib/reduce.cuh"
 #include "lib/types.cuh"
 
@@ -241,6 +242,7 @@ __device__ __forceinline__ void apply_chunk(const GroupNormParams& p) {
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     group_norm_sums(const __grid_constant__ GroupNormParams p) {
+    after_predecessor();
     __shared__ SharedMoments shared;
     if (p.channels % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0) {
         sum_chunk<8>(p, shared);
@@ -252,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // Merges the chunks of a frame, a warp per group.
 extern "C" __global__ void __launch_bounds__(kThreads)
     group_norm_finish(const __grid_constant__ GroupNormParams p) {
+    after_predecessor();
     const int64_t frame = blockIdx.x;
     const int size = p.channels / p.groups;
     const float total = static_cast<float>(p.pixels) * size;
@@ -280,10 +283,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     group_norm_apply_v8(const __grid_constant__ GroupNormParams p) {
+    after_predecessor();
     apply_chunk<8>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     group_norm_apply_v1(const __grid_constant__ GroupNormParams p) {
+    after_predecessor();
     apply_chunk<1>(p);
 }

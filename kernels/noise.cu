@@ -16,6 +16,7 @@
 //            block ≠ 0. No shared memory.
 //
 // A thread makes the four normals of one counter, or those of the four pixels of a block.
+#include "lib/launch.cuh"
 #include "lib/types.cuh"
 
 struct NoiseParams {
@@ -207,6 +208,7 @@ __device__ __forceinline__ void project_block(float (&block)[4]) {
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     normal_noise(const __grid_constant__ NoiseParams p) {
+    after_predecessor();
     const int side = p.block ? 2 : 1;  // of the square that a thread fills
     const int rows = p.height / side, columns = p.width / side;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -23,6 +23,7 @@
 // per lane are a template parameter because registers cannot be indexed at run time. Longer rows
 // and those of _v1 are read again for each pass, by then from the cache.
 #include "lib/group.cuh"
+#include "lib/launch.cuh"
 #include "lib/reduce.cuh"
 #include "lib/types.cuh"
 
@@ -343,37 +344,44 @@ __device__ __forceinline__ void head_norm_rope_pairs(const HeadNormRopeParams& p
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     layer_norm_v8(const __grid_constant__ LayerNormParams p) {
+    after_predecessor();
     layer_norm<8>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     layer_norm_v1(const __grid_constant__ LayerNormParams p) {
+    after_predecessor();
     layer_norm<1>(p);
 }
 
 // Seven blocks on a multiprocessor: left to itself the compiler saves registers for an eighth, and spills.
 extern "C" __global__ void __launch_bounds__(kThreads, 7)
     layer_norm_modulate_v8(const __grid_constant__ Group<ModulateParams> group) {
+    after_predecessor();
     layer_norm_modulate<8>(group);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     layer_norm_modulate_v1(const __grid_constant__ Group<ModulateParams> group) {
+    after_predecessor();
     layer_norm_modulate<1>(group);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm_v8(const __grid_constant__ RmsNormParams p) {
+    after_predecessor();
     rms_norm<8>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm_v1(const __grid_constant__ RmsNormParams p) {
+    after_predecessor();
     rms_norm<1>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     head_norm_rope(const __grid_constant__ Group<HeadNormRopeParams> group) {
+    after_predecessor();
     constexpr int kFastLanes = 8;
     const int which = group.of(blockIdx.x);
     const HeadNormRopeParams& p = group.problem[which];

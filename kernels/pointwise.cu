@@ -25,6 +25,7 @@
 //
 // One thread handles one 16-byte vector: 2048 threads of a multiprocessor have 32 KB under way,
 // about twice what hides the latency of memory, and the grid leaves nothing to tune.
+#include "lib/launch.cuh"
 #include "lib/types.cuh"
 
 struct ActivateParams {
@@ -238,36 +239,43 @@ __device__ __forceinline__ uint8_t pixel(float x) {
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     activate_v8(const __grid_constant__ ActivateParams p) {
+    after_predecessor();
     activate_vector<8>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     activate_v1(const __grid_constant__ ActivateParams p) {
+    after_predecessor();
     activate_vector<1>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     gated_gelu_v8(const __grid_constant__ GatedGeluParams p) {
+    after_predecessor();
     gated_gelu_vector<8>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     gated_gelu_v1(const __grid_constant__ GatedGeluParams p) {
+    after_predecessor();
     gated_gelu_vector<1>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     embedding_v8(const __grid_constant__ EmbeddingParams p) {
+    after_predecessor();
     embedding_vector<8>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     embedding_v1(const __grid_constant__ EmbeddingParams p) {
+    after_predecessor();
     embedding_vector<1>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     timestep_embedding(const __grid_constant__ TimestepParams p) {
+    after_predecessor();
     const int half = p.cols / 2;
     const Place at = place_of(thread_index(), half);
     if (at.row >= p.rows) return;
@@ -284,6 +292,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     patchify(const __grid_constant__ PatchifyParams p) {
+    after_predecessor();
     const Place at = place_of(thread_index(), 4 * p.channels);
     // Rows of patches follow each other through the frames, since heights are even.
     const Place patch = place_of(at.row, p.width / 2);
@@ -297,6 +306,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     unpatchify(const __grid_constant__ UnpatchifyParams p) {
+    after_predecessor();
     const int64_t index = thread_index();
     const Place at = place_of(index, p.channels);
     const Place pixel = place_of(at.row, p.width);
@@ -308,16 +318,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_position_table_v8(const __grid_constant__ PositionParams p) {
+    after_predecessor();
     add_position_table_vector<8>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_position_table_v1(const __grid_constant__ PositionParams p) {
+    after_predecessor();
     add_position_table_vector<1>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     guided_euler(const __grid_constant__ EulerParams p) {
+    after_predecessor();
     const int64_t i = thread_index();
     if (i >= p.n) return;
     const float guidance = p.scalars[0], delta = p.scalars[1];
@@ -331,6 +344,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     rgb8(const __grid_constant__ Rgb8Params p) {
+    after_predecessor();
     constexpr int V = 8;
     const int64_t start = thread_index() * V;
     bool finite = true;
@@ -355,6 +369,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // Rows first, first + every, … of weight [rows, cin, taps] → out [cout, taps, cin_padded], zero beyond cin.
 extern "C" __global__ void __launch_bounds__(kThreads)
     pack_conv(const __grid_constant__ PackConvParams p) {
+    after_predecessor();
     const int64_t index = thread_index();
     const Place at = place_of(index, p.cin_padded);
     const Place filter = place_of(at.row, p.taps);

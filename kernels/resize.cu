@@ -10,6 +10,7 @@
 // Launch     block 256, grid ceil(n / 256) with n the elements of out over 4. No shared memory.
 //
 // Latents are a few megabytes at most: one thread for four channels of an output pixel.
+#include "lib/launch.cuh"
 #include "lib/types.cuh"
 
 struct HalveParams {
@@ -49,6 +50,7 @@ __device__ __forceinline__ Place place_of_thread(int width, int channels) {
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     bilinear_half(const __grid_constant__ HalveParams p) {
+    after_predecessor();
     const int width = p.width / 2;
     const Place at = place_of_thread(width, p.channels);
     // Heights are even, so a pair of rows never straddles two frames.
@@ -68,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     nearest_double_renoise(const __grid_constant__ RenoiseParams p) {
+    after_predecessor();
     const int width = p.width * 2;
     const Place at = place_of_thread(width, p.channels);
     if (at.row >= static_cast<int64_t>(p.frames) * (p.height * 2)) return;

@@ -36,6 +36,7 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "wgmma.cuh"
 
 // kBuffers_ is what Finish keeps for each warp: boxes of 16 rows × 64 columns of bf16, or if 0 one of f32.
@@ -254,24 +255,50 @@ struct Octet<float> {
     }
 };
 
+// Brings the values of the columns for the ring's present stage, from `k` on.
+template <class Tile>
+__device__ __forceinline__ void copy_columns(const Ring<Tile>& ring, const TensorMap* map, int k, int column,
+                                             int rank) {
+    if constexpr (Tile::kCluster == 1) {
+        copy_box_2d(ring.b(), map, ring.full(), k, column);
+    } else {
+        copy_box_2d_multicast(ring.b() + rank * (Tile::kBytesB / Tile::kCluster), map, ring.full(), k,
+                              column + rank * (Tile::kCols / Tile::kCluster), (1 << Tile::kCluster) - 1);
+    }
+}
+
 template <class Tile, class Problem>
 __device__ __forceinline__ void produce(const Problem& problem, uint32_t shared, int rank) {
     Ring<Tile> ring{shared};
     const int step_of_tiles = gridDim.x / Tile::kCluster;
-    for (int tile = blockIdx.x / Tile::kCluster; tile < problem.tiles(); tile += step_of_tiles) {
+    const int first_tile = blockIdx.x / Tile::kCluster;
+    // Stages whose columns are under way before their rows may be read: weights were there before.
+    int ahead = 0;
+    if (first_tile < problem.tiles()) {
+        const typename Problem::Place place = problem.place(first_tile, rank);
+        const int column = problem.column(place);
+        Ring<Tile> filled{shared};
+        problem.each_step(place, [&](const auto&, int k) {
+            if (ahead == Tile::kStages) return;
+            barrier_expect(filled.full(), Tile::kStageBytes);
+            copy_columns<Tile>(filled, problem.columns_map(place), k, column, rank);
+            filled.advance();
+            ++ahead;
+        });
+    }
+    after_predecessor();
+    for (int tile = first_tile; tile < problem.tiles(); tile += step_of_tiles) {
         const typename Problem::Place place = problem.place(tile, rank);
         const int column = problem.column(place);
         problem.each_step(place, [&](const auto& copy_rows, int k) {
-            barrier_wait(ring.empty(), ring.parity ^ 1);
-            barrier_expect(ring.full(), Tile::kStageBytes);
-            copy_rows(ring.a(), ring.full());
-            if constexpr (Tile::kCluster == 1) {
-                copy_box_2d(ring.b(), problem.columns_map(place), ring.full(), k, column);
+            if (ahead > 0) {
+                --ahead;
+                copy_rows(ring.a(), ring.full());
             } else {
-                copy_box_2d_multicast(ring.b() + rank * (Tile::kBytesB / Tile::kCluster),
-                                      problem.columns_map(place), ring.full(), k,
-                                      column + rank * (Tile::kCols / Tile::kCluster),
-                                      (1 << Tile::kCluster) - 1);
+                barrier_wait(ring.empty(), ring.parity ^ 1);
+                barrier_expect(ring.full(), Tile::kStageBytes);
+                copy_rows(ring.a(), ring.full());
+                copy_columns<Tile>(ring, problem.columns_map(place), k, column, rank);
             }
             ring.advance();
         });
@@ -299,6 +326,7 @@ __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared,
     typename Problem::Finish finish(problem, shared, warp);
     float d[Tile::kFragments][Tile::kCols / 2];
 
+    after_predecessor();
     const int step_of_tiles = gridDim.x / Tile::kCluster;
     bool mine = consumer == 1;
     for (int tile = blockIdx.x / Tile::kCluster; tile < problem.tiles(); tile += step_of_tiles) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 
-use super::driver::{Context, Kernel, Module};
+use super::driver::{self, Context, Kernel, Module};
 use super::images::{self, IMAGES};
 use super::params::PackConv;
 use super::step::{Parameters, Work};
@@ -141,13 +141,16 @@ impl Kernels {
         let chosen = images::choose(IMAGES, capability);
         let (mut modules, mut kernels) = (Vec::new(), HashMap::new());
         let mut hopper = true;
+        let starts_early = driver::starts_early()?;
         for file in FILES {
             let Some(image) = chosen.iter().find(|image| image.file == file.name) else {
                 // `probe::require` has seen to it that only variants for sm_90 can be missing.
                 hopper = false;
                 continue;
             };
-            let module = Arc::new(Module::new(context, file.name, image.bytes)?);
+            // The instructions for it are those of sm_90.
+            let early = starts_early && image.compiled_for().is_some_and(|arch| arch.number >= 90);
+            let module = Arc::new(Module::new(context, file.name, image.bytes, early)?);
             for &(name, block, shared) in file.entries {
                 kernels.insert(name, module.kernel(name, block, shared)?);
             }

@@ -152,9 +152,9 @@ fn fill(report: &mut Report, free_memory: bool) -> Result<(), Problem> {
     }
     // The newest of the functions used here; what is not there would panic when called.
     // SAFETY: only whether the symbol is there is looked at.
-    let symbol = unsafe { sys::culib().get::<fn()>(b"cuDevicePrimaryCtxRelease_v2\0") };
+    let symbol = unsafe { sys::culib().get::<fn()>(b"cuLaunchKernelEx\0") };
     if symbol.is_err() {
-        return Err(too_old(version.as_deref(), "its library lacks functions of CUDA 11"));
+        return Err(too_old(version.as_deref(), "its library lacks functions of CUDA 11.8"));
     }
     let mut cuda = 0;
     // SAFETY: writes one number; may be called before `cuInit`.

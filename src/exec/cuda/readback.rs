@@ -56,7 +56,7 @@ impl Readback {
         // again before the closure below has waited; `parameters` is what rgb8 takes.
         unsafe {
             stream.fill(address + flag as u64, 0, size_of::<u32>())?;
-            check("starting rgb8", stream.launch(&kernel, grid, parameters.start()))?;
+            check("starting rgb8", stream.launch(&kernel, grid, parameters.start(), false))?;
             stream.download(&mut buffer.host.as_mut_slice()[..bytes], address)?;
         }
         buffer.done.record(stream)?;

@@ -144,7 +144,7 @@ impl CudaSession {
                 // SAFETY: the steps were made for the present arena and scratch memory; all
                 // else they name belongs to the session. One stream: steps run in order, and
                 // it waits for what other streams bring.
-                unsafe { step.queue(stream, graph)? };
+                unsafe { step.queue(stream, graph, false)? };
             }
             if !schedule.is_empty() {
                 traffic.leave(schedule, node, arena, stream)?;
@@ -165,9 +165,15 @@ impl CudaSession {
         } else {
             if planned.recorded.is_none() {
                 let recorded = self.stream.record(|| {
-                    // SAFETY: as in `queue_nodes`.
-                    let queue = |step: &Step| unsafe { step.queue(&self.stream, &planned.graph) };
-                    planned.steps.iter().try_for_each(queue)
+                    let mut before = None;
+                    for step in &planned.steps {
+                        let early =
+                            step.may_start_early(before) && std::env::var_os("NO_EARLY").is_none();
+                        // SAFETY: as in `queue_nodes`.
+                        unsafe { step.queue(&self.stream, &planned.graph, early)? };
+                        before = Some(step);
+                    }
+                    Ok(())
                 })?;
                 if let Some(planned) = self.graphs[graph.0].as_mut() {
                     planned.recorded = Some(recorded);

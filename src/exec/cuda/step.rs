@@ -78,12 +78,20 @@ impl Parameters {
 }
 
 impl Step {
-    /// Queues the step on `stream`, whose context is current.
+    /// Whether the step may start before the step `before` it has ended.
+    pub fn may_start_early(&self, before: Option<&Step>) -> bool {
+        let launches = |step: &Step| matches!(step.work, Work::Launch { .. });
+        let waits = matches!(&self.work, Work::Launch { kernel, .. } if kernel.early);
+        waits && before.is_some_and(launches)
+    }
+
+    /// Queues the step on `stream`, whose context is current; if `early`, directly behind the
+    /// step of which [`Step::may_start_early`] said so.
     ///
     /// # Safety
     /// Every address in the step must still be allocated and used by nobody else until the
     /// stream gets there.
-    pub unsafe fn queue(&self, stream: &Stream, graph: &Graph) -> Result<()> {
+    pub unsafe fn queue(&self, stream: &Stream, graph: &Graph, early: bool) -> Result<()> {
         let place = |e: crate::Error| {
             let node = &graph.nodes()[self.node];
             e.at(format!("{} ({})", node.label, node.op.name()))
@@ -92,7 +100,7 @@ impl Step {
             Work::Launch { kernel, grid, parameters } => {
                 // SAFETY: `parameters` was made from the struct that the kernel declares;
                 // addresses are the caller's promise.
-                let answer = unsafe { stream.launch(kernel, *grid, parameters.start()) };
+                let answer = unsafe { stream.launch(kernel, *grid, parameters.start(), early) };
                 answer.or_else(|e| check(&format!("starting {}", kernel.name), Err(e)))
             }
             // SAFETY: the caller's promise.

@@ -144,7 +144,7 @@ impl Uploader {
         let Work::Launch { kernel, grid, parameters } = work else { return Ok(()) };
         // SAFETY: the parameters are those of this kernel, and their memory lives until
         // `finish`.
-        let answer = unsafe { self.lane.stream.launch(&kernel, grid, parameters.start()) };
+        let answer = unsafe { self.lane.stream.launch(&kernel, grid, parameters.start(), false) };
         check(&format!("starting {}", kernel.name), answer)
     }
 

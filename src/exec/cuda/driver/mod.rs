@@ -33,6 +33,15 @@ pub(super) fn check<T>(doing: &str, answer: Result<T, result::DriverError>) -> R
     })
 }
 
+/// Whether the driver takes launches that start early in recordings, as those of CUDA 12.3 on do.
+pub(super) fn starts_early() -> Result<bool> {
+    let mut version = 0;
+    // SAFETY: writes one number.
+    let answer = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    check("asking for its version", answer.result())?;
+    Ok(version >= 12_030)
+}
+
 /// The primary context of one GPU, and how much of its memory this process may use.
 pub(super) struct Context {
     device: sys::CUdevice,
@@ -242,31 +251,42 @@ impl Stream {
         check("downloading", unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) })
     }
 
-    /// Queues a kernel whose one parameter is the struct at `parameters`.
+    /// Queues a kernel whose one parameter is the struct at `parameters`. If `early` it may
+    /// start while the kernel ahead of it still runs, which must be the last thing queued.
     ///
     /// # Safety
     /// The kernel must take exactly such a struct, and every address in it must be valid
-    /// for what the kernel reads and writes.
+    /// for what the kernel reads and writes. What starts early must wait by itself.
     pub unsafe fn launch(
         &self,
         kernel: &Kernel,
         grid: [u32; 3],
         parameters: *const c_void,
+        early: bool,
     ) -> Result<(), result::DriverError> {
-        let [x, y, z] = grid;
         let mut pointers = [parameters.cast_mut()];
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: kernel.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: kernel.shared,
+            hStream: self.stream,
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(early),
+        };
+        let (pointers, none) = (pointers.as_mut_ptr(), std::ptr::null_mut());
         // SAFETY: the driver copies the parameters before it returns; the rest is passed on
         // from the caller.
-        unsafe {
-            result::launch_kernel(
-                kernel.function,
-                (x, y, z),
-                (kernel.block, 1, 1),
-                kernel.shared,
-                self.stream,
-                &mut pointers,
-            )
-        }
+        unsafe { sys::cuLaunchKernelEx(&raw const config, kernel.function, pointers, none) }
+            .result()
     }
 }
 

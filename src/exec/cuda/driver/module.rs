@@ -12,6 +12,7 @@ use crate::{Error, Result};
 pub(in crate::exec::cuda) struct Module {
     context: Arc<Context>,
     module: sys::CUmodule,
+    early: bool,
 }
 
 // SAFETY: modules may be used from any thread.
@@ -20,13 +21,14 @@ unsafe impl Send for Module {}
 unsafe impl Sync for Module {}
 
 impl Module {
-    /// Loads a cubin or, zero-terminated, PTX.
-    pub fn new(context: &Arc<Context>, file: &str, image: &[u8]) -> Result<Module> {
+    /// Loads a cubin or, zero-terminated, PTX. `early` says whether its kernels wait for the one
+    /// ahead of them (`kernels/lib/launch.cuh`).
+    pub fn new(context: &Arc<Context>, file: &str, image: &[u8], early: bool) -> Result<Module> {
         context.bind()?;
         // SAFETY: the image is complete: a cubin knows its own length, PTX ends with zero.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
         let module = check(&format!("loading the kernels of {file}"), module)?;
-        Ok(Module { context: context.clone(), module })
+        Ok(Module { context: context.clone(), module, early })
     }
 
     /// The kernel `name`, run with blocks of `block` threads and `shared` bytes of dynamic
@@ -47,7 +49,7 @@ impl Module {
             };
             check(&format!("reserving shared memory for {name}"), answer)?;
         }
-        Ok(Kernel { function, name, block, shared })
+        Ok(Kernel { function, name, block, shared, early: self.early })
     }
 }
 
@@ -68,6 +70,8 @@ pub(in crate::exec::cuda) struct Kernel {
     pub block: u32,
     /// Dynamic shared memory of a block in bytes.
     pub shared: u32,
+    /// Whether it may start before the kernel ahead of it has ended: it waits for that itself.
+    pub early: bool,
 }
 
 // SAFETY: functions may be launched from any thread.
