@@ -7,8 +7,7 @@
 // Layout: row-major, rows ldx, ldw, ldo elements apart. Precision: bf16 in, f32 products and sums
 // (k in steps of 16 in one fixed order), f32 epilogue, one rounding to bf16 (none in the _f32 kernels).
 //
-// Several products may come in one launch (a Group, whose units are tiles, or pairs of tiles in a
-// cluster).
+// Two products may come in one launch (a Group, whose units are tiles, or pairs of tiles in a cluster).
 //
 // Limits: n % 8 == 0 and k % 8 == 0; any m ≥ 1, tails included. x, weight, out and bias 16-byte
 // aligned, ldx, ldw and ldo multiples of 8 elements; gate 16-byte aligned, ld_gate % 4 == 0. The
@@ -20,7 +19,10 @@
 // with, per entry point,
 //                            tile      box rows of a, b   stages   dynamic shared memory
 //   gemm_sm90_128x128_pair   128×128   128,  64           6        229536    cluster of 2, in turn
+//   gemm_sm90_128x192_pair   128×192   128,  96           4        213120    cluster of 2
 //   gemm_sm90_128x192        128×192   128, 192           4        213120
+//   gemm_sm90_64x192_pair     64×192    64,  96           6        213152    cluster of 2, in turn
+//   gemm_sm90_64x64           64×64     64,  64           8        147648    in turn
 //   gemm_sm90_128x64         128×64    128,  64           8        213184
 //   gemm_sm90_128x128_f32    128×128   128, 128           6        229472
 //   gemm_sm90_128x64_f32     128×64    128,  64           8        229504
@@ -55,8 +57,8 @@ struct GemmSm90Params {
     int pad;
 };
 static_assert(sizeof(GemmSm90Params) == 576, "as on the host");
-using GemmGroup = Group<GemmSm90Params>;
-static_assert(sizeof(GemmGroup) == 2368, "as on the host");
+using GemmGroup = Group<GemmSm90Params, 2>;
+static_assert(sizeof(GemmGroup) == 1216, "as on the host");
 
 // The product that a tile is of, and its first row and column.
 struct GemmPlace {
@@ -341,7 +343,10 @@ __device__ __forceinline__ void gemm(const GemmGroup& group) {
 
 // Rows, columns, cluster, whether consumers take tiles in turn, boxes of a warp.
 GEMM_PAIR_KERNEL(gemm_sm90_128x128_pair, bf16, 128, 128, 2, true, 2)
+GEMM_PAIR_KERNEL(gemm_sm90_128x192_pair, bf16, 128, 192, 2, false, 3)
 GEMM_KERNEL(gemm_sm90_128x192, bf16, 128, 192, 1, false, 3)
+GEMM_PAIR_KERNEL(gemm_sm90_64x192_pair, bf16, 64, 192, 2, true, 1)
+GEMM_KERNEL(gemm_sm90_64x64, bf16, 64, 64, 1, true, 1)
 GEMM_KERNEL(gemm_sm90_128x64, bf16, 128, 64, 1, false, 1)
 GEMM_KERNEL(gemm_sm90_128x128_f32, float, 128, 128, 1)
 GEMM_KERNEL(gemm_sm90_128x64_f32, float, 128, 64, 1)

@@ -50,7 +50,8 @@ struct ModulateParams {
     int pad;
 };
 static_assert(sizeof(ModulateParams) == 144, "as on the host");
-static_assert(sizeof(Group<ModulateParams>) == 608, "as on the host");
+using ModulateGroup = Group<ModulateParams, 4>;
+static_assert(sizeof(ModulateGroup) == 600, "as on the host");
 
 struct RmsNormParams {
     const bf16* x;
@@ -72,7 +73,8 @@ struct HeadNormRopeParams {
     int pad;
 };
 static_assert(sizeof(HeadNormRopeParams) == 64, "as on the host");
-static_assert(sizeof(Group<HeadNormRopeParams>) == 288, "as on the host");
+using HeadNormRopeGroup = Group<HeadNormRopeParams, 4>;
+static_assert(sizeof(HeadNormRopeGroup) == 280, "as on the host");
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
@@ -265,7 +267,7 @@ __device__ __forceinline__ void layer_norm(const LayerNormParams& p) {
 }
 
 template <int V>
-__device__ __forceinline__ void layer_norm_modulate(const Group<ModulateParams>& group) {
+__device__ __forceinline__ void layer_norm_modulate(const ModulateGroup& group) {
     const int which = group.of(blockIdx.x);
     const ModulateParams& p = group.problem[which];
     const int64_t row = row_of_warp(group.first[which]);
@@ -356,13 +358,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // Seven blocks on a multiprocessor: left to itself the compiler saves registers for an eighth, and spills.
 extern "C" __global__ void __launch_bounds__(kThreads, 7)
-    layer_norm_modulate_v8(const __grid_constant__ Group<ModulateParams> group) {
+    layer_norm_modulate_v8(const __grid_constant__ ModulateGroup group) {
     after_predecessor();
     layer_norm_modulate<8>(group);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    layer_norm_modulate_v1(const __grid_constant__ Group<ModulateParams> group) {
+    layer_norm_modulate_v1(const __grid_constant__ ModulateGroup group) {
     after_predecessor();
     layer_norm_modulate<1>(group);
 }
@@ -380,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    head_norm_rope(const __grid_constant__ Group<HeadNormRopeParams> group) {
+    head_norm_rope(const __grid_constant__ HeadNormRopeGroup group) {
     after_predecessor();
     constexpr int kFastLanes = 8;
     const int which = group.of(blockIdx.x);

@@ -2,15 +2,14 @@
 // the other. They may touch nothing that another of them writes.
 #pragma once
 
-// Units of work (blocks, or tiles) are numbered through: problem i has those from first[i] to the
-// first of the next, the last problem those to `end`. Places beyond the last have first = INT_MAX.
-template <class Problem>
+// Up to kMost problems. Units of work (blocks, or tiles) are numbered through: problem i has those from
+// first[i] to the first of the next, the last problem those to `end`. Places beyond the last have
+// first = INT_MAX.
+template <class Problem, int kMost>
 struct Group {
-    static constexpr int kMost = 4;
-    Problem problem[kMost];
-    int first[kMost];
     int end;
-    int pad[3];
+    int first[kMost];
+    Problem problem[kMost];
 
     // The problem that unit `unit` belongs to.
     __device__ __forceinline__ int of(int unit) const {

@@ -208,6 +208,7 @@ pub(super) const BESIDE: [&str; 6] = ["0:y", "1:y", "2:y", "3:y", "4:y", "5:y"];
 fn side_by_side(layers: &[Linear]) -> Case {
     let name = |layer: &Linear| layer.clone().case().name.replacen("linear/", "", 1);
     let names: Vec<_> = layers.iter().map(name).collect();
+    let floor = layers.iter().map(|layer| layer.clone().case().floor).fold(0.0, f64::max);
     let (count, layers) = (layers.len(), layers.to_vec());
     Case::new("linear", format!("beside/{}", names.join("|")), move |g, dtype| {
         for (i, layer) in layers.iter().enumerate() {
@@ -216,6 +217,7 @@ fn side_by_side(layers: &[Linear]) -> Case {
         g.side_by_side(count)
     })
     .outputs(&BESIDE[..count])
+    .floor(floor)
 }
 
 pub(super) fn cases(scale: Scale) -> Vec<Case> {
@@ -302,6 +304,14 @@ fn beside() -> Vec<Case> {
     ]));
     let patches = |m| Linear { patches: true, ..linear(Kind::Store, m, &[1536], 64) };
     cases.push(side_by_side(&[15, 15, 60, 60, 240, 240].map(patches)));
+    // Few rows, which have tiles of their own; more than one round of tiles.
+    for kind in Kind::ALL {
+        cases.push(linear(kind, 130, &[1528], 4096).case());
+        cases.push(linear(kind, 65, &[12280], 136).case());
+        cases.push(linear(kind, 2100, &[1536], 1600).case());
+    }
+    cases.push(linear(Kind::Store, 257, &[6152], 4104).case());
+    cases.push(side_by_side(&[97, 2500].map(|m| linear(Kind::Gated { runs: 3 }, m, &[1536], 512))));
     cases.push(side_by_side(&[
         linear(Kind::Store, 65, &[72], 64).without_bias().into_f32(),
         linear(Kind::Store, 65, &[72], 64),

@@ -191,7 +191,9 @@ fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u6
     }
     let mut staged = Vec::new();
     for (node, recorded) in graph.nodes().iter().enumerate() {
-        let item = |what, bytes| Staged { node, what, offset: 0, bytes, nodes: node..node + 1 };
+        // Until all that may run with the node have: a backend makes one launch of them.
+        let nodes = node..graph.group(node).end;
+        let item = |what, bytes| Staged { node, what, offset: 0, bytes, nodes: nodes.clone() };
         let elements =
             |w: &super::WeightId| graph.weights()[w.index()].shape.iter().product::<usize>() as u64;
         let streamed = residency.streamed(graph, recorded);
@@ -215,7 +217,7 @@ fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u6
             ahead -= sizes[first].1;
             first += 1;
         }
-        let free = first.checked_sub(1).map_or(0, |before| sizes[before].0 + 1);
+        let free = first.checked_sub(1).map_or(0, |before| graph.group(sizes[before].0).end);
         item.nodes.start = free.max(item.node.saturating_sub(most.nodes)).min(item.node);
         // Items k .. after fit from this node on.
         if after < k {

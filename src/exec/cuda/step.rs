@@ -34,9 +34,6 @@ pub(super) struct Parameters(Box<[Line]>);
 struct Line([u8; 64]);
 
 impl Parameters {
-    /// Most problems of a group.
-    pub const MOST: usize = 4;
-
     pub fn new<T: Pod>(parameters: &T) -> Parameters {
         Self::of_bytes(bytemuck::bytes_of(parameters))
     }
@@ -50,24 +47,25 @@ impl Parameters {
         Parameters(bytes.chunks(64).map(line).collect())
     }
 
-    /// A `Group` of `kernels/lib/group.cuh`: problems, each with its number of units of work.
+    /// A `Group<T, MOST>` of `kernels/lib/group.cuh`: problems, each with its number of units of
+    /// work.
     ///
     /// # Panics
-    /// If there are more than [`Parameters::MOST`].
-    pub fn group<T: Pod>(problems: &[(T, i32)]) -> Parameters {
-        assert!(problems.len() <= Self::MOST, "{} problems in one launch", problems.len());
-        let mut bytes = Vec::with_capacity((Self::MOST + 1) * size_of::<T>().max(32));
-        problems
-            .iter()
-            .for_each(|(problem, _)| bytes.extend_from_slice(bytemuck::bytes_of(problem)));
-        bytes.resize(Self::MOST * size_of::<T>(), 0);
-        let (mut first, mut end) = ([i32::MAX; Self::MOST], 0);
+    /// If there are more than `MOST`.
+    pub fn group<T: Pod, const MOST: usize>(problems: &[(T, i32)]) -> Parameters {
+        assert!(problems.len() <= MOST, "{} problems in one launch", problems.len());
+        let (mut first, mut end) = ([i32::MAX; MOST], 0);
         for ((_, units), first) in problems.iter().zip(&mut first) {
             *first = end;
             end += units;
         }
-        bytes.extend_from_slice(bytemuck::bytes_of(&first));
-        bytes.extend_from_slice(bytemuck::bytes_of(&[end, 0, 0, 0]));
+        let header = [&[end][..], &first].concat();
+        let mut bytes: Vec<u8> = bytemuck::cast_slice(&header).to_vec();
+        bytes.resize(bytes.len().next_multiple_of(align_of::<T>()), 0);
+        for (problem, _) in problems {
+            bytes.extend_from_slice(bytemuck::bytes_of(problem));
+        }
+        bytes.resize(bytes.len() + (MOST - problems.len()) * size_of::<T>(), 0);
         Self::of_bytes(&bytes)
     }
 

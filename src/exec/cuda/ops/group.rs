@@ -5,7 +5,6 @@ use super::Prepare;
 use super::linear::{self, Layer};
 use super::norm::{self, HeadNorm, Modulated};
 use crate::Result;
-use crate::exec::cuda::step::Parameters;
 
 /// What waits for the last node of its group.
 #[derive(Default)]
@@ -19,13 +18,13 @@ impl Prepare<'_> {
     /// Appends launches of all that waits.
     pub(super) fn launch_waiting(&mut self) -> Result<()> {
         let Waiting { layers, modulated, head_norms } = std::mem::take(self.waiting);
-        for layers in layers.chunks(Parameters::MOST) {
+        for layers in layers.chunks(linear::TOGETHER) {
             linear::launch(self, layers)?;
         }
-        for modulated in modulated.chunks(Parameters::MOST) {
+        for modulated in modulated.chunks(norm::TOGETHER) {
             norm::launch_modulated(self, modulated)?;
         }
-        for head_norms in head_norms.chunks(Parameters::MOST) {
+        for head_norms in head_norms.chunks(norm::TOGETHER) {
             norm::launch_head_norms(self, head_norms)?;
         }
         Ok(())

@@ -14,6 +14,9 @@ use crate::graph::{Activation, Epilogue, Graph, Node, Op, WeightId};
 use crate::tensor::DType;
 use crate::{Error, Result};
 
+/// Most products of one launch, as `kernels/gemm_sm90.cu` has it.
+pub(super) const TOGETHER: usize = 2;
+
 /// From so many rows on our kernels for sm_90 are about as fast as cuBLASLt on an H200; below, its
 /// split inner dimensions serve it better. docs/performance.md has the rates.
 const OWN_ROWS: usize = 1024;
@@ -184,12 +187,19 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
     };
     let problems = layers.iter().map(problem).collect::<Result<Vec<_>>>()?;
     let suffix = if f32_out { "_f32" } else { "" };
-    p.launch_with(&format!("gemm_sm90_{tile}{suffix}"), grid, Parameters::group(&problems))
+    p.launch_with(
+        &format!("gemm_sm90_{tile}{suffix}"),
+        grid,
+        Parameters::group::<_, TOGETHER>(&problems),
+    )
 }
 
 /// The tiles of `kernels/gemm_sm90.cu` for bf16 and for f32.
-const HOPPER_TILES: [Tile; 3] = [
+const HOPPER_TILES: [Tile; 6] = [
     Tile { rows: 128, columns: 128, cluster: 2, in_turn: true },
+    Tile { rows: 128, columns: 192, cluster: 2, in_turn: false },
+    Tile { rows: 64, columns: 192, cluster: 2, in_turn: true },
+    Tile { rows: 64, columns: 64, cluster: 1, in_turn: true },
     Tile { rows: 128, columns: 192, cluster: 1, in_turn: false },
     Tile { rows: 128, columns: 64, cluster: 1, in_turn: false },
 ];

@@ -12,6 +12,9 @@ use crate::exec::cuda::weights::{Form, Key};
 use crate::graph::{Graph, Node, Op, RowGroup, WeightId};
 use crate::tensor::DType;
 
+/// Most norms of one launch, as `kernels/norm.cu` has it.
+pub(super) const TOGETHER: usize = 4;
+
 /// Rows of a block of the row norms: one warp takes a row.
 const ROWS: usize = 4;
 
@@ -98,7 +101,7 @@ fn launch_rows<T: Pod>(p: &mut Prepare<'_>, name: &str, problems: &[(T, i64)]) -
     let units = |(problem, rows): &(T, i64)| Ok((*problem, int((*rows as usize).div_ceil(ROWS))?));
     let problems = problems.iter().map(units).collect::<Result<Vec<_>>>()?;
     let total = problems.iter().map(|(_, units)| *units as usize).sum();
-    p.launch_with(name, [blocks(total, 1)?, 1, 1], Parameters::group(&problems))
+    p.launch_with(name, [blocks(total, 1)?, 1, 1], Parameters::group::<T, TOGETHER>(&problems))
 }
 
 pub(super) fn rms_norm(p: &mut Prepare<'_>, weight: WeightId, eps: f32) -> Result<()> {

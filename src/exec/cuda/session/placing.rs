@@ -98,9 +98,7 @@ impl CudaSession {
                 place: &place,
                 steps: &mut steps,
                 waiting: &mut waiting,
-                // What comes and goes does so for one node at a time.
-                last_of_group: !planned.schedule.is_empty()
-                    || planned.graph.group(index).end == index + 1,
+                last_of_group: planned.graph.group(index).end == index + 1,
             };
             prepare.node().map_err(|e| e.at(format!("{} ({})", node.label, node.op.name())))?;
         }
