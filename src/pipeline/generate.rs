@@ -12,10 +12,10 @@ use super::settings::Given;
 use super::state::{asked, units_folder};
 use super::stream::Stream;
 use super::{
-    Event, Phase, Pipeline, PromptTokens, Reporter, Request, SavedRun, pixels_of, plan,
+    Event, Phase, PhasePlan, Pipeline, PromptTokens, Reporter, Request, SavedRun, pixels_of, plan,
     stop_if_cancelled,
 };
-use crate::exec::{ImaginedGpu, available_memory};
+use crate::exec::{Backend, ImaginedGpu};
 use crate::media::{
     Frame, Metadata, OutputTarget, VideoSpec, check_file_target, check_target, load_image,
     open_sink,
@@ -271,7 +271,8 @@ impl Pipeline {
         }
     }
 
-    /// Refuses what cannot fit into the device's memory, and what cannot be decoded early.
+    /// Refuses what cannot fit into the memory of device and host with the scratch file, and
+    /// what cannot be decoded early.
     pub(super) fn check_memory(&self, request: &Request, output: &Output) -> Result<()> {
         if output.early && request.tiling.is_some() {
             return Err(Error::usage("tiles are decoded when all units are there")
@@ -279,24 +280,27 @@ impl Pipeline {
         }
         let (networks, backend) = (super::Networks::of(self.checkpoint())?, self.backend());
         let phases = plan(&networks, request, backend, None)?;
-        let need = |p: &super::PhasePlan| match backend.copies_weights() {
+        fits_host(&phases, backend)?;
+        let need = |p: &PhasePlan| match backend.copies_weights() {
             true => p.device_bytes,
             false => p.memory_bytes(),
         };
-        if backend.copies_weights() {
-            fits_host(&phases, available_memory())?;
-        }
         let Some(available) = backend.free_memory() else { return Ok(()) };
-        let of = |phases: &[super::PhasePlan], name: &str| {
+        let of = |phases: &[PhasePlan], name: &str| {
             phases.iter().find(|p| p.name == name).map_or(0, need)
         };
         let mut all: Vec<(&str, u64)> = phases.iter().map(|p| (&*p.name, need(p))).collect();
         if output.early {
             // Both are in memory at once; the decoder makes do with what is left.
             let sampling = of(&phases, "sampling");
-            let left = ImaginedGpu { memory: available.saturating_sub(sampling) };
+            let memory = available.saturating_sub(sampling);
+            let left = ImaginedGpu { memory, host: backend.host_memory() };
             let decoding = match backend.copies_weights() {
-                true => of(&plan(&networks, request, &left, None)?, "decoding"),
+                true => {
+                    let phases = plan(&networks, request, &left, None)?;
+                    fits_host(&phases, backend)?;
+                    of(&phases, "decoding")
+                }
                 false => of(&phases, "decoding"),
             };
             all.push(("sampling with decoding", sampling + decoding));
@@ -316,23 +320,26 @@ impl Pipeline {
     }
 }
 
-/// Refuses what needs more page-locked memory than the host has left.
-fn fits_host(phases: &[super::PhasePlan], available: Option<u64>) -> Result<()> {
+/// Refuses what needs more page-locked memory than the host has left, though all that can is in
+/// the scratch file, and a scratch file that there is no room for.
+fn fits_host(phases: &[PhasePlan], backend: &dyn Backend) -> Result<()> {
     let most = phases.iter().max_by_key(|phase| phase.pinned_bytes);
-    match (most, available) {
-        (Some(phase), Some(available)) if phase.pinned_bytes > available => {
-            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-            Err(Error::memory(format!(
-                "{} needs {:.2} GiB of host memory for what does not stay on the GPU, {:.2} GiB \
-                 are available",
-                phase.name,
-                gib(phase.pinned_bytes),
-                gib(available)
-            ))
-            .hint(
-                "close other programs, allow more GPU memory with --max-vram, or decode in tiles \
-                 (--tile)",
-            ))
+    if let (Some(phase), Some(available)) = (most, backend.host_memory())
+        && phase.pinned_bytes > available
+    {
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        return Err(Error::memory(format!(
+            "{} needs {:.2} GiB of host memory for what does not stay on the GPU, {:.2} GiB are \
+             left for it",
+            phase.name,
+            gib(phase.pinned_bytes),
+            gib(available)
+        ))
+        .hint("close other programs, or allow more with --max-host"));
+    }
+    match phases.iter().max_by_key(|phase| phase.scratch_bytes) {
+        Some(phase) if phase.scratch_bytes > 0 => {
+            backend.check_scratch(phase.scratch_bytes).map_err(|e| e.at(&phase.name))
         }
         _ => Ok(()),
     }
@@ -449,6 +456,7 @@ pub(super) fn finish(phase: Phase, clock: Instant, reporter: &mut dyn Reporter) 
 mod tests {
     use super::fits_host;
     use crate::ErrorKind;
+    use crate::exec::ImaginedGpu;
     use crate::pipeline::PhasePlan;
 
     #[test]
@@ -459,9 +467,10 @@ mod tests {
             ..PhasePlan::default()
         };
         let phases = [phase("text", 64 << 20), phase("decoding", 6 << 30)];
-        fits_host(&phases, Some(6 << 30)).expect("just enough");
-        fits_host(&phases, None).expect("not told");
-        let error = fits_host(&phases, Some(5 << 30)).expect_err("too little");
+        let with = |host| fits_host(&phases, &ImaginedGpu { memory: 1 << 30, host });
+        with(Some(6 << 30)).expect("just enough");
+        with(None).expect("as much as is needed");
+        let error = with(Some(5 << 30)).expect_err("too little");
         assert_eq!(error.kind(), ErrorKind::Memory);
         assert!(error.to_string().starts_with("decoding needs 6.00 GiB"), "{error}");
     }
