@@ -380,15 +380,16 @@ mod tests {
 
     #[test]
     fn what_memory_is_too_small_for_is_in_the_file() {
-        let sizes = [1 << 20, 2 << 20, 4 << 20];
+        const GIB: u64 = 1 << 30;
+        let sizes = [GIB, 2 * GIB, 4 * GIB];
         let in_file = |memory| how_many_in_file(&sizes, Some(memory));
         assert_eq!(how_many_in_file(&sizes, None), 0);
-        assert_eq!(in_file(RING + (7 << 20)), 0);
+        assert_eq!(in_file(RING + 7 * GIB), 0);
+        assert_eq!(in_file(RING + 7 * GIB - 1), 1);
         // The slots of the way to the file take memory, too.
-        assert_eq!(in_file(RING + (7 << 20) - 1), 3);
-        assert_eq!(in_file(RING + SLOTS + (6 << 20)), 1);
-        assert_eq!(in_file(RING + SLOTS + (6 << 20) - 1), 2);
-        assert_eq!(in_file(RING + SLOTS + (4 << 20) - 1), 3);
+        assert_eq!(in_file(RING + SLOTS + 6 * GIB), 1);
+        assert_eq!(in_file(RING + SLOTS + 6 * GIB - 1), 2);
+        assert_eq!(in_file(RING + SLOTS + 4 * GIB - 1), 3);
         assert_eq!(in_file(0), 3);
         assert_eq!(how_many_in_file(&[], Some(0)), 0);
     }
