@@ -80,12 +80,13 @@ fn gpu() -> Option<Cuda> {
     }
 }
 
-/// The GPU with pieces of `slot` bytes on the way to the scratch file, which is beside this test:
-/// the folder for temporary files may be in memory.
+/// The GPU with pieces of `slot` bytes on the way to the scratch file, which is where
+/// PYRAFLOW_SCRATCH says, else beside this test: the folder for temporary files may be in memory.
 fn with_scratch(gpu: &Cuda, slot: usize) -> Cuda {
+    let named = std::env::var_os("PYRAFLOW_SCRATCH").map(PathBuf::from);
     let test = std::env::current_exe().expect("this test");
-    let folder: PathBuf = test.parent().expect("its folder").into();
-    gpu.clone().with_host(HostRoom::new(None, Some(folder))).with_slots(slot)
+    let folder = named.or_else(|| test.parent().map(PathBuf::from));
+    gpu.clone().with_host(HostRoom::new(None, folder)).with_slots(slot)
 }
 
 /// Checks that `calls` give the same bits on what `make` makes as they give on the GPU.

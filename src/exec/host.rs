@@ -31,17 +31,17 @@ pub struct HostRoom {
 
 impl HostRoom {
     /// At most `limit` bytes of memory, all that no file stands behind counted: what is locked
-    /// and [`PROCESS_BYTES`]. Without it, what is available when it is asked for less an
-    /// eighth. What is beyond goes to a file in the folder `scratch`, without it in the user's
-    /// cache.
+    /// and [`PROCESS_BYTES`]. In any case at most what is available when it is asked for, less
+    /// an eighth. What is beyond goes to a file in the folder `scratch`, without it in the
+    /// user's cache.
     pub fn new(limit: Option<u64>, scratch: Option<PathBuf>) -> HostRoom {
         HostRoom { limit, scratch }
     }
 
     /// Bytes that may be locked now; `None` where neither the caller nor the system tells.
     pub fn memory(&self) -> Option<u64> {
-        let available = || available_memory().map(|bytes| bytes - bytes / 8);
-        self.limit.or_else(available).map(lockable)
+        let available = available_memory().map(|bytes| bytes - bytes / 8);
+        available.into_iter().chain(self.limit).min().map(lockable)
     }
 
     /// Fails if a scratch file of `bytes` cannot be had.
@@ -145,15 +145,19 @@ fn write_zeros(mut file: &File, bytes: u64) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// A folder beside the test itself: that for temporary files may be in memory.
-    fn folder() -> tempfile::TempDir {
+    /// A folder beside the test itself: that for temporary files may be in memory. `None` if
+    /// this one is, too.
+    fn folder() -> Option<tempfile::TempDir> {
         let test = std::env::current_exe().expect("this test");
-        tempfile::tempdir_in(test.parent().expect("its folder")).expect("a folder")
+        let folder = tempfile::tempdir_in(test.parent().expect("its folder")).expect("a folder");
+        let memory = in_memory(folder.path()).expect("the kind of its file system");
+        memory.then(|| println!("skipped: {} is in memory", folder.path().display()));
+        (!memory).then_some(folder)
     }
 
     #[test]
     fn a_scratch_file_has_its_size_and_no_name() {
-        let folder = folder();
+        let Some(folder) = folder() else { return };
         let below = folder.path().join("made");
         let room = HostRoom::new(None, Some(below.clone()));
         room.check(1 << 20).expect("room for a MiB");
@@ -168,7 +172,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_on_the_disk_is_told() {
-        let folder = folder();
+        let Some(folder) = folder() else { return };
         let room = HostRoom::new(None, Some(folder.path().into()));
         let error = room.check(1 << 60).expect_err("an exbibyte");
         assert_eq!(error.kind(), ErrorKind::Io);
@@ -194,18 +198,21 @@ mod tests {
 
     #[test]
     fn a_limit_counts_the_process_itself() {
-        let memory = |limit| HostRoom::new(Some(limit), None).memory();
-        assert_eq!(memory(4 << 30), Some((4 << 30) - PROCESS_BYTES));
-        assert_eq!(memory(1 << 20), Some(0));
-        let all = available_memory();
-        assert!(HostRoom::default().memory() < all || all.is_none());
+        assert_eq!(lockable(4 << 30), (4 << 30) - PROCESS_BYTES);
+        let memory = |limit| HostRoom::new(limit, None).memory();
+        assert_eq!(memory(Some(1 << 20)), Some(0));
+        assert!(memory(Some(4 << 30)) <= Some(lockable(4 << 30)));
+        // Nor more than there is.
+        if let Some(all) = crate::exec::total_memory() {
+            assert!(memory(None) < Some(all) && memory(Some(u64::MAX)) < Some(all));
+        }
     }
 
     #[test]
     fn a_file_is_as_large_and_empty_whether_reserved_or_written() {
         let bytes = (2 << 20) + 1;
         for fill in [allocate, write_zeros] {
-            let folder = folder();
+            let folder = tempfile::tempdir().expect("a folder");
             let path = folder.path().join("file");
             let file = File::create_new(&path).expect("a file");
             fill(&file, bytes).expect("room");

@@ -223,9 +223,10 @@ impl Way {
     }
 
     fn settle(&self) -> Result<()> {
-        let legs = self.legs.iter().map(|leg| &leg.lane.stream);
-        let settled = legs.chain([&self.both]).map(Stream::synchronize);
-        settled.fold(Ok(()), |all, one| all.and(one))
+        // Whatever one says, the others are waited for.
+        let [first, second] = self.legs.each_ref().map(|leg| leg.lane.stream.synchronize());
+        let both = self.both.synchronize();
+        first.and(second).and(both)
     }
 }
 

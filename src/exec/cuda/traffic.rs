@@ -137,10 +137,8 @@ impl Traffic {
             return Ok(());
         }
         if self.courier.is_none() {
-            let uploader = self.uploader();
-            let (context, lanes) = (&self.context, (&self.outward, uploader.lane()));
-            let courier = Courier::new(context, self.slot_bytes, lanes.0, lanes.1)?;
-            drop(uploader);
+            let (context, slot_bytes) = (&self.context, self.slot_bytes);
+            let courier = Courier::new(context, slot_bytes, &self.outward, self.uploader().lane())?;
             self.courier = Some(courier);
         }
         let bytes: usize = to_file.iter().map(|key| Span::padded(key.1)).sum();
