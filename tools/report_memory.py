@@ -83,7 +83,8 @@ def cards(results):
                      f"{whole / resident:.2f}×"])
     head = ["clip", "card", "limit", "GB/s of the bus, TFLOP/s, GB/s of memory", "transformer", "VAE decode", "pinned host memory",
             "time against no limit"]
-    return with_limits_of_host(head, rows, 3)
+    disks = sorted({f"{card['disk']:g}" for card in results.plans["cards"] if card.get("max_host")})
+    return [*with_limits_of_host(head, rows, 3), *(["", f"The scratch file is on a disk of {' or '.join(disks)} GB/s each way."] if disks else [])]
 
 
 def units_cell(phase):
