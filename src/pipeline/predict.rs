@@ -3,8 +3,8 @@
 //! A node takes as long as its arithmetic or its memory traffic, whichever is longer; what
 //! comes in from the host and goes out again runs beside the nodes, one transfer after another
 //! in each direction, from when the plan has a place for it. What comes from the scratch file or
-//! goes there has a way of its own beside that, as fast as the slower of link and disk. A model of where time goes, not
-//! of kernels: it is fitted to one machine by the rates measured there.
+//! goes there has a way of its own beside that, as fast as the slower of link and disk. A model
+//! of where time goes, not of kernels: it is fitted to one machine by the rates measured there.
 
 use std::collections::HashMap;
 use std::ops::{AddAssign, Mul};
