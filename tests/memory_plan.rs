@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use pyraflow::checkpoint::{Family, Variant};
-use pyraflow::exec::{Backend, CONTEXT_BYTES, Cpu, ImaginedGpu};
+use pyraflow::exec::{Backend, CONTEXT_BYTES, Cpu, ImaginedGpu, PROCESS_BYTES, lockable};
 use pyraflow::graph::{
-    Activation, Ahead, Epilogue, Graph, Op, Plan, Residency, Staged, StagedWhat, TensorId, matrices,
+    Activation, Ahead, Epilogue, Graph, Home, Op, Plan, Residency, Staged, StagedWhat, TensorId,
+    matrices,
 };
 use pyraflow::models::dit::{Clip, Geometry, StepOutput};
 use pyraflow::models::vae::{Window, record_decoder};
-use pyraflow::pipeline::{Networks, PhasePlan, Request, Tiling, plan, record_step};
+use pyraflow::pipeline::{Machine, Networks, PhasePlan, Request, Tiling, plan, record_step};
 use pyraflow::tensor::{DType, WeightSource, WeightView};
 use pyraflow::{Error, Result};
 
@@ -156,6 +157,9 @@ fn check_stages(g: &Graph, plan: &Plan) {
         for b in stages[i + 1..].iter().filter(|b| together(&b.nodes, &a.nodes)) {
             assert!(apart(a, b.offset, b.bytes), "{a:?} and {b:?} overlap");
         }
+        if matches!(a.what, StagedWhat::State(_)) && !g.moves_on(a.node) {
+            assert_eq!(a.nodes.end, a.node + 1, "{a:?} is kept though it need not go out");
+        }
         let name = |s: &Staged| match s.what {
             StagedWhat::State(id) => Some(g.tensor(id).name.clone()),
             StagedWhat::Weights => None,
@@ -223,7 +227,7 @@ fn plans_of_the_real_models_with_nothing_that_stays() {
     for g in graphs {
         let mut arena = u64::MAX;
         for near in [Ahead { bytes: 256 << 20, nodes: 4 }, Ahead { bytes: 0, nodes: 1 }] {
-            let plan = Plan::staged(&g, DType::bytes, &Residency::nothing_stays(near));
+            let plan = Plan::staged(&g, DType::bytes, &Residency::nothing_stays(Home::Host, near));
             check_stages(&g, &plan);
             for Staged { node, nodes, .. } in plan.stages() {
                 let last = g.group(*node).end.max(node + near.nodes);
@@ -231,8 +235,11 @@ fn plans_of_the_real_models_with_nothing_that_stays() {
             }
         }
         for ahead in [1 << 40, 512 << 20, 64 << 20, 0] {
-            let plan =
-                Plan::staged(&g, DType::bytes, &Residency::nothing_stays(Ahead::bytes(ahead)));
+            let residency = Residency::nothing_stays(Home::Host, Ahead::bytes(ahead));
+            let plan = Plan::staged(&g, DType::bytes, &residency);
+            let in_file = Residency::nothing_stays(Home::File, Ahead::bytes(ahead));
+            let filed = Plan::staged(&g, DType::bytes, &in_file);
+            assert_eq!(filed.stages(), plan.stages(), "the device does not mind where they wait");
             check_stages(&g, &plan);
             let used = g.nodes().iter().filter(|n| n.state.is_some() || !matrices(n).is_empty());
             assert_eq!(plan.stages().len(), used.count());
@@ -318,7 +325,7 @@ fn published_videos_fit_the_limits_that_are_documented() {
         let networks = Networks::published(family);
         let request = Request::published(family, Variant::P768, "a clip", None);
         let phases = |limit: u64| {
-            let gpu = ImaginedGpu { memory: limit - CONTEXT_BYTES };
+            let gpu = ImaginedGpu { memory: limit - CONTEXT_BYTES, host: None };
             plan(&networks, &request, &gpu, None).expect("a plan")
         };
         // What is locked on the host, at most: carried frames of the decoder above all.
@@ -341,7 +348,7 @@ fn tiles_take_less_of_both_memories() {
     const GIB: u64 = 1 << 30;
     let networks = Networks::published(Family::Sd3);
     let mut request = Request::published(Family::Sd3, Variant::P768, "a clip", None);
-    let gpu = ImaginedGpu { memory: 3 * GIB };
+    let gpu = ImaginedGpu { memory: 3 * GIB, host: None };
     let decoding = |request: &Request| -> PhasePlan {
         let phases = plan(&networks, request, &gpu, None).expect("a plan");
         phases.into_iter().find(|phase| phase.name == "decoding").expect("decoding")
@@ -354,4 +361,43 @@ fn tiles_take_less_of_both_memories() {
     assert!(tiled.pinned_bytes < whole.pinned_bytes / 4);
     // Tiles overlap.
     assert!(tiled.flops > whole.flops && tiled.flops < 2 * whole.flops);
+}
+
+/// The decoding of a 5-second video at 768p within so much memory of GPU and host.
+fn decoding(gpu: u64, host: Option<u64>, disk: f64) -> PhasePlan {
+    let networks = Networks::published(Family::Sd3);
+    let request = Request::published(Family::Sd3, Variant::P768, "a clip", None);
+    let gpu = ImaginedGpu { memory: gpu - CONTEXT_BYTES, host };
+    let machine = Machine { flops: 60e12, memory: 400e9, link: 25e9, disk };
+    let phases = plan(&networks, &request, &gpu, Some(&machine)).expect("a plan");
+    phases.into_iter().find(|phase| phase.name == "decoding").expect("decoding")
+}
+
+#[test]
+fn what_the_host_has_no_memory_for_is_in_the_file() {
+    const GIB: u64 = 1 << 30;
+    for gpu in [4 * GIB, 5 * GIB, 6 * GIB, 8 * GIB, 12 * GIB] {
+        let free = decoding(gpu, None, 2e9);
+        assert_eq!(free.scratch_bytes, 0);
+        // What is locked without a limit is enough with one that allows just that.
+        assert_eq!(decoding(gpu, Some(free.pinned_bytes), 2e9), free);
+        for host in [2 * GIB, 4 * GIB] {
+            let phase = decoding(gpu, Some(lockable(host)), 2e9);
+            assert!(phase.device_bytes + CONTEXT_BYTES <= gpu);
+            let takes = PROCESS_BYTES + phase.pinned_bytes;
+            assert!(takes <= host, "{takes} bytes in {host}");
+            if phase.scratch_bytes == 0 {
+                assert!(free.pinned_bytes <= lockable(host));
+                continue;
+            }
+            // Everything is somewhere, and no faster for it.
+            assert!(phase.pinned_bytes + phase.scratch_bytes >= free.pinned_bytes);
+            let seconds = |phase: &PhasePlan| phase.predicted.expect("a time").seconds;
+            assert!(seconds(&phase) >= seconds(&free));
+            assert!(seconds(&decoding(gpu, Some(lockable(host)), 1e9)) > seconds(&phase));
+        }
+    }
+    let none = decoding(4 * GIB, Some(0), 2e9);
+    assert!(none.pinned_bytes <= 128 << 20, "{} bytes of rings", none.pinned_bytes);
+    assert!(none.scratch_bytes > 8 * GIB);
 }

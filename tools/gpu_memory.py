@@ -4,6 +4,7 @@
     python tools/gpu_memory.py … --model DIR --weights             # a checkpoint folder and its weights
     python tools/gpu_memory.py … --links 25 12                     # each limit on slower buses, too
     python tools/gpu_memory.py … --bench="--size 384p --seconds 5" # more arguments of `pyraflow bench`
+    PYRAFLOW_SCRATCH=DIR python tools/gpu_memory.py … --bench="--seconds 5 --max-host 4G" # within a limit of host memory, too
 
 The first run has no limit; the others must give the same bits. nvidia-smi is asked 50 times a second how much of the
 GPU is used: with nothing else running that is the process's own, the driver's context included. The times that

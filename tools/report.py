@@ -61,8 +61,9 @@ CALLS = {
 }
 
 # Cards for which times are predicted: limit, GB/s of the bus, TFLOP/s as reached, GB/s of memory.
-CARDS = [("12 GB on PCIe 4.0 x16", "11.5G", 25, 60, 450), ("12 GB on PCIe 4.0 x8", "11.5G", 12, 60, 450),
-         ("8 GB on PCIe 4.0 x16", "7.5G", 25, 40, 250), ("8 GB on PCIe 4.0 x8", "7.5G", 12, 40, 250)]
+CARDS = [("12 GB on PCIe 4.0 x16", "11.5G", None, 25, 60, 450), ("12 GB on PCIe 4.0 x8", "11.5G", None, 12, 60, 450),
+         ("8 GB on PCIe 4.0 x16", "7.5G", None, 25, 40, 250), ("8 GB on PCIe 4.0 x8", "7.5G", None, 12, 40, 250),
+         ("8 GB on PCIe 4.0 x16", "7.5G", "4G", 25, 40, 250), ("6 GB on PCIe 4.0 x16", "5.5G", "4G", 25, 40, 250)]
 
 WHOSE = {"eager": "published PyTorch", "tuned": "tuned PyTorch"}
 
@@ -387,12 +388,13 @@ def write_plans(pyraflow):
                               "flops": {phase["name"]: phase["flops"] for phase in plan["phases"]}})
     predicted = []
     for model in ("sd3-384p", "sd3-768p", "miniflux-768p"):
-        for name, limit, link, tflops, bandwidth in CARDS:
+        for name, limit, host, link, tflops, bandwidth in CARDS:
             command = [pyraflow, "plan", "--model", model, "--seconds", "5", "--json", "--max-vram", limit, "--link", str(link),
-                       "--tflops", str(tflops), "--bandwidth", str(bandwidth)]
+                       "--tflops", str(tflops), "--bandwidth", str(bandwidth), *(["--max-host", host] if host else [])]
             plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            predicted.append({"card": name, "model": model, "limit": limit, "link": link, "tflops": tflops, "bandwidth": bandwidth,
-                              "phases": [{k: phase[k] for k in ("name", "device_bytes", "pinned_bytes", "predicted")}
+            predicted.append({"card": name, "model": model, "limit": limit, "max_host": host, "link": link, "tflops": tflops,
+                              "bandwidth": bandwidth, "disk": plan["machine"]["disk"] / 1e9,
+                              "phases": [{k: phase[k] for k in ("name", "device_bytes", "pinned_bytes", "scratch_bytes", "predicted")}
                                          for phase in plan["phases"]]})
     result = {"commit": commit.stdout.strip(), "command": "pyraflow plan --model NAME --seconds N --json", "plans": plans,
               "cards": predicted}

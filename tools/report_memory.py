@@ -14,6 +14,19 @@ def memory_runs(results):
                 yield first["report"], run
 
 
+def with_limits_of_host(head, rows, at):
+    """A table with the columns of the host's limit and of the scratch file from column `at` on, if any row says something in them."""
+    cells = ["host limit", "scratch file"]
+    if any(row[at] != "none" for row in rows):
+        return table([*head[:at], *cells, *head[at:]], rows)
+    return table(head, [row[:at] + row[at + len(cells):] for row in rows])
+
+
+def host_cells(limit, scratch):
+    """The host's limit in bytes or None, and the bytes of the scratch file."""
+    return [f"{limit / 2**30:g}G" if limit else "none", f"{scratch / 2**30:.1f} GiB"]
+
+
 def memory(results, shortest=0):
     """What limits cost, seen from outside, in clips of so many seconds or more."""
     rows = []
@@ -23,7 +36,10 @@ def memory(results, shortest=0):
         found, full = phases(run["report"]), phases(first)
         whole = {name: phase["seconds"] + phase["loading"] for name, phase in found.items()}
         host = max(phase["host_memory"] for phase in found.values()) / 2**30
-        rows.append([clip_name(first), run["limit"] or "none", f"{run['peak_device_mib'] / 1024:.2f} GiB", f"{host:.1f} GiB",
+        # Older files know neither a limit of the host nor a scratch file.
+        scratch = max(phase.get("scratch", 0) for phase in found.values())
+        rows.append([clip_name(first), run["limit"] or "none", *host_cells(run["report"].get("max_host"), scratch),
+                     f"{run['peak_device_mib'] / 1024:.2f} GiB", f"{host:.1f} GiB",
                      f"{found['sampling']['seconds']:.1f} s", f"{found['decoding']['seconds']:.1f} s",
                      f"{sum(p['seconds'] for p in found.values()) / sum(p['seconds'] for p in full.values()):.2f}×",
                      f"{sum(whole.values()):.1f} s"])
@@ -32,8 +48,8 @@ def memory(results, shortest=0):
     return [f"`--max-vram` on one {'; '.join(with_what)}. GPU memory is what nvidia-smi showed at most, driver and context "
             f"included; host memory is that of the process without mapped files, pinned memory included. All limits of a clip "
             f"{'gave the same bits' if same else 'DID NOT GIVE THE SAME BITS'}:", "",
-            *table(["clip", "limit", "GPU memory", "host memory", "transformer", "VAE decode", "time against no limit",
-                    "with loading"], rows)]
+            *with_limits_of_host(["clip", "limit", "GPU memory", "host memory", "transformer", "VAE decode",
+                                  "time against no limit", "with loading"], rows, 2)]
 
 
 def memory_links(results):
@@ -59,12 +75,16 @@ def cards(results):
     for card in results.plans["cards"]:
         found = {phase["name"]: phase["predicted"] for phase in card["phases"]}
         pinned = max(phase["pinned_bytes"] for phase in card["phases"]) / 2**30
+        scratch = max(phase.get("scratch_bytes", 0) for phase in card["phases"])
+        host = float(card["max_host"].removesuffix("G")) * 2**30 if card.get("max_host") else None
         whole, resident = (sum(p[key] for p in found.values()) for key in ("seconds", "resident_seconds"))
-        rows.append([f"{card['model']}, 5 s", card["card"], card["limit"], f"{card['link']}, {card['tflops']}, {card['bandwidth']}",
+        rows.append([f"{card['model']}, 5 s", card["card"], card["limit"], *host_cells(host, scratch), f"{card['link']}, {card['tflops']}, {card['bandwidth']}",
                      f"{found['sampling']['seconds']:.0f} s", f"{found['decoding']['seconds']:.0f} s", f"{pinned:.1f} GiB",
                      f"{whole / resident:.2f}×"])
-    return table(["clip", "card", "limit", "GB/s of the bus, TFLOP/s, GB/s of memory", "transformer", "VAE decode",
-                  "pinned host memory", "time against no limit"], rows)
+    head = ["clip", "card", "limit", "GB/s of the bus, TFLOP/s, GB/s of memory", "transformer", "VAE decode", "pinned host memory",
+            "time against no limit"]
+    disks = sorted({f"{card['disk']:g}" for card in results.plans["cards"] if card.get("max_host")})
+    return [*with_limits_of_host(head, rows, 3), *(["", f"The scratch file is on a disk of {' or '.join(disks)} GB/s each way."] if disks else [])]
 
 
 def units_cell(phase):

@@ -13,7 +13,7 @@ use pyraflow::{Error, Result};
 use serde_json::{Value, json};
 
 use super::args::VideoArgs;
-use super::device::{ByteSize, Device, open_gpu, rate};
+use super::device::{Device, MemoryArgs, open_gpu, rate};
 use super::model::locate;
 use super::plan::networks;
 
@@ -40,9 +40,8 @@ pub struct Args {
     #[arg(long)]
     weights: bool,
 
-    /// Most memory of the GPU to use, such as 8G
-    #[arg(long, value_name = "SIZE")]
-    max_vram: Option<ByteSize>,
+    #[command(flatten)]
+    memory: MemoryArgs,
 
     /// Slow copies between host and GPU down to so many GB/s each way, as a slower bus would
     #[arg(long, value_name = "GB/S", value_parser = rate)]
@@ -101,7 +100,8 @@ pub fn run(args: &Args) -> Result<()> {
         "height": request.height,
         "units": request.units,
         "weights": if args.weights { "checkpoint" } else { "random" },
-        "max_vram": args.max_vram.map(|size| size.0),
+        "max_vram": args.memory.max_vram.map(|size| size.0),
+        "max_host": args.memory.max_host.map(|size| size.0),
         "link_gbytes_per_second": args.link,
         "steps": request.steps,
         "video_steps": request.video_steps,
@@ -133,10 +133,8 @@ fn clip_memory(backend: &dyn Backend) -> Value {
 
 /// The device, with at most the memory and on a bus as slow as asked for.
 fn backend(args: &Args) -> Result<Box<dyn Backend>> {
-    let Some(mut gpu) = open_gpu(args.device)? else { return Ok(Box::new(Cpu::new())) };
-    if let Some(ByteSize(bytes)) = args.max_vram {
-        gpu = gpu.limited(bytes);
-    }
+    let Some(gpu) = open_gpu(args.device)? else { return Ok(Box::new(Cpu::new())) };
+    let mut gpu = args.memory.limit(gpu);
     if let Some(link) = args.link {
         gpu = gpu.with_link(link * 1e9)?;
     }

@@ -1,10 +1,11 @@
 //! `--device`: what runs the graphs.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use pyraflow::Result;
 use pyraflow::exec::cuda::probe;
-use pyraflow::exec::{Backend, Cpu, Cuda};
+use pyraflow::exec::{Backend, Cpu, Cuda, HostRoom};
 
 /// The device to run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,19 +69,47 @@ pub fn rate(text: &str) -> Result<f64, String> {
     value.ok_or_else(|| "expected a number above zero".into())
 }
 
-/// Opens the device. Of a GPU's memory at most `max_vram` is used.
+/// How much memory a run on a GPU may take.
+#[derive(Debug, Clone, clap::Args)]
+pub struct MemoryArgs {
+    /// Most memory of the GPU to use, such as 8G; weights and decoded frames come and go where
+    /// they do not fit [default: what is free]
+    #[arg(long, value_name = "SIZE")]
+    pub max_vram: Option<ByteSize>,
+
+    /// Most memory of the host to use beside a GPU, such as 4G, mapped files not counted;
+    /// decoded frames that fit into neither wait in a file [default: what is available]
+    #[arg(long, value_name = "SIZE")]
+    pub max_host: Option<ByteSize>,
+
+    /// Folder for the file of what fits into neither memory, on a disk [default: the user's
+    /// cache]
+    #[arg(long, value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
+}
+
+impl MemoryArgs {
+    /// The GPU with these limits.
+    pub fn limit(&self, gpu: Cuda) -> Cuda {
+        let host = HostRoom::new(self.max_host.map(|size| size.0), self.scratch.clone());
+        let gpu = gpu.with_host(host);
+        match self.max_vram {
+            Some(ByteSize(bytes)) => gpu.limited(bytes),
+            None => gpu,
+        }
+    }
+}
+
+/// Opens the device, a GPU with these limits.
 ///
 /// # Errors
 /// [`pyraflow::ErrorKind::Device`] if it cannot be used; [`Device::Auto`] takes the CPU where
 /// no GPU can be, and says why if there is one.
-pub fn open_backend(device: Device, max_vram: Option<ByteSize>) -> Result<Box<dyn Backend>> {
-    match open_gpu(device)? {
-        None => Ok(Box::new(Cpu::new())),
-        Some(gpu) => Ok(Box::new(match max_vram {
-            Some(ByteSize(bytes)) => gpu.limited(bytes),
-            None => gpu,
-        })),
-    }
+pub fn open_backend(device: Device, memory: &MemoryArgs) -> Result<Box<dyn Backend>> {
+    Ok(match open_gpu(device)? {
+        None => Box::new(Cpu::new()),
+        Some(gpu) => Box::new(memory.limit(gpu)),
+    })
 }
 
 /// The GPU of `device`, or `None` for the CPU.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use pyraflow::checkpoint::{Checkpoint, Family, Variant};
-use pyraflow::exec::{CONTEXT_BYTES, Cpu, ImaginedGpu};
+use pyraflow::exec::{CONTEXT_BYTES, Cpu, ImaginedGpu, PROCESS_BYTES, lockable};
 use pyraflow::hub::PublishedModel;
 use pyraflow::pipeline::{Machine, Networks, PhasePlan, Request, plan};
 use pyraflow::{Error, Result};
@@ -33,9 +33,18 @@ pub struct Args {
     #[arg(long, value_name = "SIZE")]
     max_vram: Option<ByteSize>,
 
+    /// With --max-vram: most memory of the host to use, such as 4G, mapped files not counted;
+    /// what fits into neither is in a file [default: as much as is needed]
+    #[arg(long, value_name = "SIZE")]
+    max_host: Option<ByteSize>,
+
     /// For the times: GB/s between host and GPU, each way (PCIe 4.0 x16 gives about 25)
     #[arg(long, value_name = "GB/S", value_parser = rate, default_value = "25")]
     link: f64,
+
+    /// For the times: GB/s of the disk with the file for what fits into no memory, each way
+    #[arg(long, value_name = "GB/S", value_parser = rate, default_value = "2")]
+    disk: f64,
 
     /// For the times: TFLOP/s of bf16 matrix products that the GPU reaches
     #[arg(long, value_name = "TFLOP/S", value_parser = rate, default_value = "60")]
@@ -73,33 +82,48 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// Shows what a run takes on a GPU of which `limit` bytes may be used.
 fn for_gpu(args: &Args, networks: &Networks, request: &Request, limit: u64) -> Result<()> {
-    let machine =
-        Machine { flops: args.tflops * 1e12, memory: args.bandwidth * 1e9, link: args.link * 1e9 };
-    let most = |phases: &[PhasePlan]| phases.iter().map(|p| p.device_bytes).max().unwrap_or(0);
+    let machine = Machine {
+        flops: args.tflops * 1e12,
+        memory: args.bandwidth * 1e9,
+        link: args.link * 1e9,
+        disk: args.disk * 1e9,
+    };
+    let host = args.max_host.map(|size| lockable(size.0));
     // What is planned for no memory at all is the smallest there is.
-    let smallest = plan(networks, request, &ImaginedGpu { memory: 0 }, None)?;
-    let smallest = CONTEXT_BYTES + most(&smallest);
-    if smallest > limit {
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        let error = Error::memory(format!("{:.2} GiB of GPU memory are too little", gib(limit)));
-        return Err(error.hint(format!(
-            "the smallest --max-vram for this video is {:.2}G; a smaller or shorter one, or \
-             --tile, takes less",
-            (gib(smallest) * 100.0).ceil() / 100.0
-        )));
+    let smallest = plan(networks, request, &ImaginedGpu { memory: 0, host }, None)?;
+    let most = |bytes: fn(&PhasePlan) -> u64| smallest.iter().map(bytes).max().unwrap_or(0);
+    let smallest_gpu = CONTEXT_BYTES + most(|phase| phase.device_bytes);
+    if smallest_gpu > limit {
+        return Err(too_little("GPU", limit, "--max-vram", smallest_gpu));
     }
-    let gpu = ImaginedGpu { memory: limit - CONTEXT_BYTES };
+    let gpu = ImaginedGpu { memory: limit - CONTEXT_BYTES, host };
     let phases = plan(networks, request, &gpu, Some(&machine))?;
+    let pinned = phases.iter().map(|phase| phase.pinned_bytes).max().unwrap_or(0);
+    if let Some(ByteSize(limit)) = args.max_host.filter(|_| host.is_some_and(|h| h < pinned)) {
+        // All that can wait in the file does.
+        return Err(too_little("host", limit, "--max-host", PROCESS_BYTES + pinned));
+    }
     super::print(&if args.json {
         let plan = json!({
             "width": request.width, "height": request.height, "units": request.units,
-            "max_vram": limit, "context_bytes": CONTEXT_BYTES, "smallest_max_vram": smallest,
+            "max_vram": limit, "max_host": args.max_host.map(|size| size.0),
+            "context_bytes": CONTEXT_BYTES, "smallest_max_vram": smallest_gpu,
             "machine": machine, "phases": phases,
         });
         format!("{plan:#}\n")
     } else {
-        gpu_table(request, &phases, &machine, smallest)
+        gpu_table(request, &phases, &machine, smallest_gpu)
     })
+}
+
+/// So many bytes of a memory that `option` limits are too little.
+fn too_little(which: &str, limit: u64, option: &str, smallest: u64) -> Error {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Error::memory(format!("{:.2} GiB of {which} memory are too little", gib(limit))).hint(format!(
+        "the smallest {option} for this video is {:.2}G; a smaller or shorter one, or --tile, \
+         takes less",
+        (gib(smallest) * 100.0).ceil() / 100.0
+    ))
 }
 
 /// The networks of a checkpoint folder, or those of a published model by name.
@@ -125,7 +149,7 @@ fn gpu_table(request: &Request, phases: &[PhasePlan], machine: &Machine, smalles
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     let mut text = format!(
         "{}x{}, {} latent frames; times for {} GB/s between host and GPU, {} TFLOP/s, {} GB/s of \
-         GPU memory\n\n{:<10}{:>12}{:>14}{:>12}{:>14}{:>12}{:>12}\n",
+         GPU memory\n\n{:<10}{:>10}{:>13}{:>12}{:>13}{:>14}{:>10}{:>11}\n",
         request.width,
         request.height,
         request.units,
@@ -136,6 +160,7 @@ fn gpu_table(request: &Request, phases: &[PhasePlan], machine: &Machine, smalles
         "GPU GiB",
         "weights GiB",
         "pinned GiB",
+        "scratch GiB",
         "streamed GiB",
         "seconds",
         "slow-down"
@@ -143,11 +168,12 @@ fn gpu_table(request: &Request, phases: &[PhasePlan], machine: &Machine, smalles
     for phase in phases {
         let predicted = phase.predicted.unwrap_or_default();
         text += &format!(
-            "{:<10}{:>12.2}{:>14.2}{:>12.2}{:>14.1}{:>12.1}{:>12.2}\n",
+            "{:<10}{:>10.2}{:>13.2}{:>12.2}{:>13.2}{:>14.1}{:>10.1}{:>11.2}\n",
             phase.name,
             gib(CONTEXT_BYTES + phase.device_bytes),
             gib(phase.resident_bytes),
             gib(phase.pinned_bytes),
+            gib(phase.scratch_bytes),
             gib(phase.streamed_bytes),
             predicted.seconds,
             predicted.seconds / predicted.resident_seconds.max(f64::MIN_POSITIVE)
@@ -155,9 +181,11 @@ fn gpu_table(request: &Request, phases: &[PhasePlan], machine: &Machine, smalles
     }
     text + &format!(
         "\nGPU: peak, with {:.2} GiB for the driver's context; weights: those that stay on the \
-         GPU;\npinned: page-locked host memory; streamed: from the host over the whole phase;\n\
-         slow-down: against a GPU with room for everything. The smallest --max-vram is {:.2}G.\n",
+         GPU;\npinned: page-locked host memory; scratch: the file for what fits into no memory, at \
+         {} GB/s;\nstreamed: from the host over the whole phase; slow-down: against a GPU with room \
+         for\neverything. The smallest --max-vram is {:.2}G.\n",
         gib(CONTEXT_BYTES),
+        machine.disk / 1e9,
         (gib(smallest) * 100.0).ceil() / 100.0
     )
 }

@@ -9,7 +9,7 @@ use pyraflow::media::{Format, OutputTarget};
 use pyraflow::pipeline::{Output, Pipeline, State};
 use pyraflow::{Error, Result};
 
-use super::device::{ByteSize, Device, open_backend};
+use super::device::{Device, MemoryArgs, open_backend};
 use super::model::{Located, locate};
 use super::preview::{Place, Preview};
 use super::progress::{Console, Mode};
@@ -25,10 +25,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: Device,
 
-    /// Most memory of the GPU to use, such as 8G; weights and decoded frames come and go where
-    /// they do not fit [default: what is free]
-    #[arg(long, value_name = "SIZE")]
-    max_vram: Option<ByteSize>,
+    #[command(flatten)]
+    memory: MemoryArgs,
 
     /// CPU threads [default: all]
     #[arg(long, value_name = "N")]
@@ -103,7 +101,7 @@ impl RunArgs {
 
     /// Opens the device.
     pub fn backend(&self) -> Result<Box<dyn Backend>> {
-        open_backend(self.device, self.max_vram)
+        open_backend(self.device, &self.memory)
     }
 
     /// Opens the console.

@@ -12,6 +12,8 @@ use crate::{Error, Result};
 pub struct ImaginedGpu {
     /// Bytes for tensors and weights, the driver's context left out.
     pub memory: u64,
+    /// Bytes of the host's memory that may be locked; `None` for as much as is needed.
+    pub host: Option<u64>,
 }
 
 impl Backend for ImaginedGpu {
@@ -38,6 +40,10 @@ impl Backend for ImaginedGpu {
 
     fn copies_weights(&self) -> bool {
         true
+    }
+
+    fn host_memory(&self) -> Option<u64> {
+        self.host
     }
 
     fn open_with(&self, _: Arc<dyn WeightSource>, _: &Residency) -> Result<Box<dyn Session>> {

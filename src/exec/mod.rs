@@ -6,10 +6,12 @@
 
 mod cpu;
 pub mod cuda;
+mod host;
 mod imagined;
 
 pub use cpu::{Cpu, Operand, anonymous_memory, available_memory, gemm_into, total_memory};
 pub use cuda::{CONTEXT_BYTES, Cuda};
+pub use host::{HostRoom, PROCESS_BYTES, lockable};
 pub use imagined::ImaginedGpu;
 
 use std::sync::Arc;
@@ -39,6 +41,21 @@ pub trait Backend: Send + Sync {
     /// Whether weights are copied into the memory that tensors live in (on the CPU they stay
     /// in the mapped files).
     fn copies_weights(&self) -> bool;
+
+    /// Memory of the host that sessions may lock for what does not stay on the device, in
+    /// bytes; `None` for as much as they need.
+    fn host_memory(&self) -> Option<u64> {
+        None
+    }
+
+    /// Whether sessions can keep so many bytes of carried frames in a scratch file.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`] when there is no room for it, [`crate::ErrorKind::Usage`]
+    /// when its folder is in memory itself.
+    fn check_scratch(&self, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
 
     /// Bytes per second of a large copy within the device's own memory, those read and those
     /// written both counted; `None` where that is not told.

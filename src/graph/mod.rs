@@ -20,7 +20,7 @@ pub use op::{
     Activation, AttentionSpec, ConvSpec, Epilogue, Op, RelativeBias, RowGroup, Segment, Shuffle,
 };
 pub use plan::{Lifetime, Plan, Staged, StagedWhat};
-pub use residency::{Ahead, Residency, matrices};
+pub use residency::{Ahead, Home, Residency, matrices};
 
 use std::collections::HashMap;
 use std::ops::Range;

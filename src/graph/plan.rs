@@ -34,7 +34,7 @@ pub struct Lifetime {
 pub enum StagedWhat {
     /// The node's matrices, side by side.
     Weights,
-    /// The node's state, which goes out again after it.
+    /// The node's state, which goes out again after it if the node moves it on.
     State(TensorId),
 }
 
@@ -132,7 +132,7 @@ impl Plan {
         self.by_root[root.index()].map(|i| &self.lifetimes[i])
     }
 
-    /// The place of a state that is kept on the host, for the node that uses it.
+    /// The place of a state that leaves the device, for the node that uses it.
     pub fn staged_state(&self, state: TensorId) -> Option<&Staged> {
         self.staged.iter().find(|staged| staged.what == StagedWhat::State(state))
     }
@@ -173,7 +173,7 @@ fn persistent_bytes(
     let mut counts = |id: TensorId| {
         let tensor = graph.tensor(id);
         match &tensor.role {
-            Role::State if carried.contains(&id) && residency.hosts(&tensor.name) => false,
+            Role::State if carried.contains(&id) && residency.leaves(&tensor.name) => false,
             Role::State => states.insert((&tensor.name, bytes_of(id))),
             role => !in_arena(role),
         }
@@ -201,7 +201,7 @@ fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u6
             let bytes = streamed.iter().map(elements).sum::<u64>() * DType::Bf16.bytes() as u64;
             staged.push(item(StagedWhat::Weights, bytes));
         }
-        if let Some(state) = recorded.state.filter(|&s| residency.hosts(&graph.tensor(s).name)) {
+        if let Some(state) = recorded.state.filter(|&s| residency.leaves(&graph.tensor(s).name)) {
             staged.push(item(StagedWhat::State(state), bytes_of(state)));
         }
     }
@@ -229,8 +229,10 @@ fn stage(graph: &Graph, residency: &Residency, bytes_of: &dyn Fn(TensorId) -> u6
         }
         behind -= item.bytes;
         let StagedWhat::State(state) = item.what else { continue };
+        // What does not move on is as it was: nothing goes out.
+        let stays = if graph.moves_on(item.node) { most.nodes } else { 1 };
         let next = sizes.get(after).map_or(graph.nodes().len() + 1, |&(node, _)| node);
-        item.nodes.end = next.min(item.node.saturating_add(most.nodes)).max(item.node + 1);
+        item.nodes.end = next.min(item.node.saturating_add(stays)).max(item.node + 1);
         // A state must have been used before it can come in for its next use.
         let name = graph.tensor(state).name.as_str();
         if let Some(before) = last_use.insert(name, item.node) {

@@ -1,7 +1,7 @@
 //! What of a graph stays in device memory between the nodes that use it, and what comes and
 //! goes.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::{Graph, Node, Op, WeightId};
 
@@ -28,26 +28,50 @@ impl Default for Ahead {
     }
 }
 
+/// Where a carried frame is between the nodes that use it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Home {
+    /// In device memory.
+    Device,
+    /// In page-locked memory of the host, which the device's copy engines read and write.
+    Host,
+    /// In a scratch file, which the host maps.
+    File,
+}
+
 /// Which weights and which carried frames stay in device memory. All of them do by default.
 ///
 /// Only matrices and embedding tables are ever streamed: norms, biases and convolutions are
 /// small beside them. On the CPU weights stay in the mapped files and states in memory, and
 /// none of this matters.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Residency {
     streamed: HashSet<String>,
-    hosted: HashSet<String>,
-    /// Whether nothing stays, whatever is named.
-    none: bool,
+    /// Where states are; those that are not named are at `others`.
+    states: HashMap<String, Home>,
+    others: Home,
+    /// Whether every matrix is streamed, whatever is named.
+    no_weights: bool,
     ahead: Ahead,
     arena: u64,
 }
 
+impl Default for Residency {
+    fn default() -> Residency {
+        Residency::new(HashSet::new(), HashMap::new(), Ahead::default())
+    }
+}
+
 impl Residency {
     /// Streams the matrices that are named (a node's by its first one) and keeps the states
-    /// that are named on the host.
-    pub fn new(streamed: HashSet<String>, hosted: HashSet<String>, ahead: Ahead) -> Residency {
-        Residency { streamed, hosted, none: false, ahead, arena: 0 }
+    /// that are named where it is said; the others stay on the device.
+    pub fn new(
+        streamed: HashSet<String>,
+        states: HashMap<String, Home>,
+        ahead: Ahead,
+    ) -> Residency {
+        let (others, no_weights, arena) = (Home::Device, false, 0);
+        Residency { streamed, states, others, no_weights, ahead, arena }
     }
 
     /// The same, with an arena of `bytes` from the first graph on: that of the largest graph to
@@ -56,9 +80,9 @@ impl Residency {
         Residency { arena: bytes, ..self }
     }
 
-    /// Streams every matrix and keeps every state on the host.
-    pub fn nothing_stays(ahead: Ahead) -> Residency {
-        Residency { none: true, ahead, ..Residency::default() }
+    /// Streams every matrix and keeps every state at `states`.
+    pub fn nothing_stays(states: Home, ahead: Ahead) -> Residency {
+        Residency { no_weights: true, others: states, ahead, ..Residency::default() }
     }
 
     /// The matrices that `node` of `graph` needs brought in for it.
@@ -70,7 +94,7 @@ impl Residency {
 
     /// Whether the matrices that begin with the one called `name` are streamed.
     pub fn streams(&self, name: &str) -> bool {
-        self.none || self.streamed.contains(name)
+        self.no_weights || self.streamed.contains(name)
     }
 
     /// How many matrices are streamed besides those of `others`.
@@ -78,9 +102,14 @@ impl Residency {
         self.streamed.difference(others).count()
     }
 
-    /// Whether the state called `name` is kept on the host.
-    pub fn hosts(&self, name: &str) -> bool {
-        self.none || self.hosted.contains(name)
+    /// Where the state called `name` is between the nodes that use it.
+    pub fn home(&self, name: &str) -> Home {
+        self.states.get(name).copied().unwrap_or(self.others)
+    }
+
+    /// Whether the state called `name` leaves the device between the nodes that use it.
+    pub fn leaves(&self, name: &str) -> bool {
+        self.home(name) != Home::Device
     }
 
     /// Bytes that the arena has at least.
@@ -95,7 +124,9 @@ impl Residency {
 
     /// Whether everything stays in device memory.
     pub fn is_full(&self) -> bool {
-        !self.none && self.streamed.is_empty() && self.hosted.is_empty()
+        let weights = !self.no_weights && self.streamed.is_empty();
+        let stays = |home: &Home| *home == Home::Device;
+        weights && stays(&self.others) && self.states.values().all(stays)
     }
 }
 

@@ -27,7 +27,7 @@ impl Pipeline {
         let (_, spec) = request.resolve()?;
         output.check(&spec)?;
         self.warn_of_untrained_size(request, reporter);
-        self.check_memory(request, output)?;
+        self.check_memory(request, output, reporter)?;
         let given = Given::of(&state.identity);
         let tokens = self.tokenize(request)?;
         let folder = state.folder().or(output.units.as_deref());

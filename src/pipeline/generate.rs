@@ -12,10 +12,8 @@ use super::settings::Given;
 use super::state::{asked, units_folder};
 use super::stream::Stream;
 use super::{
-    Event, Phase, Pipeline, PromptTokens, Reporter, Request, SavedRun, pixels_of, plan,
-    stop_if_cancelled,
+    Event, Phase, Pipeline, PromptTokens, Reporter, Request, SavedRun, pixels_of, stop_if_cancelled,
 };
-use crate::exec::{ImaginedGpu, available_memory};
 use crate::media::{
     Frame, Metadata, OutputTarget, VideoSpec, check_file_target, check_target, load_image,
     open_sink,
@@ -116,7 +114,7 @@ impl Pipeline {
         let (_, spec) = request.resolve()?;
         output.check(&spec)?;
         self.warn_of_untrained_size(request, reporter);
-        self.check_memory(request, output)?;
+        self.check_memory(request, output, reporter)?;
         let mut start = Start::read(request)?;
         let tokens = self.tokenize(request)?;
         warn_of_losses(request, &tokens, reporter);
@@ -270,72 +268,6 @@ impl Pipeline {
             reporter.event(&Event::Warning { message });
         }
     }
-
-    /// Refuses what cannot fit into the device's memory, and what cannot be decoded early.
-    pub(super) fn check_memory(&self, request: &Request, output: &Output) -> Result<()> {
-        if output.early && request.tiling.is_some() {
-            return Err(Error::usage("tiles are decoded when all units are there")
-                .hint("leave out --tile, or what shows frames while they are made"));
-        }
-        let (networks, backend) = (super::Networks::of(self.checkpoint())?, self.backend());
-        let phases = plan(&networks, request, backend, None)?;
-        let need = |p: &super::PhasePlan| match backend.copies_weights() {
-            true => p.device_bytes,
-            false => p.memory_bytes(),
-        };
-        if backend.copies_weights() {
-            fits_host(&phases, available_memory())?;
-        }
-        let Some(available) = backend.free_memory() else { return Ok(()) };
-        let of = |phases: &[super::PhasePlan], name: &str| {
-            phases.iter().find(|p| p.name == name).map_or(0, need)
-        };
-        let mut all: Vec<(&str, u64)> = phases.iter().map(|p| (&*p.name, need(p))).collect();
-        if output.early {
-            // Both are in memory at once; the decoder makes do with what is left.
-            let sampling = of(&phases, "sampling");
-            let left = ImaginedGpu { memory: available.saturating_sub(sampling) };
-            let decoding = match backend.copies_weights() {
-                true => of(&plan(&networks, request, &left, None)?, "decoding"),
-                false => of(&phases, "decoding"),
-            };
-            all.push(("sampling with decoding", sampling + decoding));
-        }
-        match all.into_iter().max_by_key(|&(_, need)| need) {
-            Some((name, need)) if need > available => {
-                let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-                Err(Error::memory(format!(
-                    "{name} needs {:.2} GiB at least, {:.2} GiB can be had",
-                    gib(need),
-                    gib(available)
-                ))
-                .hint("make the video smaller or shorter; `pyraflow plan` shows what it takes"))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Refuses what needs more page-locked memory than the host has left.
-fn fits_host(phases: &[super::PhasePlan], available: Option<u64>) -> Result<()> {
-    let most = phases.iter().max_by_key(|phase| phase.pinned_bytes);
-    match (most, available) {
-        (Some(phase), Some(available)) if phase.pinned_bytes > available => {
-            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-            Err(Error::memory(format!(
-                "{} needs {:.2} GiB of host memory for what does not stay on the GPU, {:.2} GiB \
-                 are available",
-                phase.name,
-                gib(phase.pinned_bytes),
-                gib(available)
-            ))
-            .hint(
-                "close other programs, allow more GPU memory with --max-vram, or decode in tiles \
-                 (--tile)",
-            ))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// What a run begins with.
@@ -443,26 +375,4 @@ pub(super) fn finish(phase: Phase, clock: Instant, reporter: &mut dyn Reporter) 
     let seconds = clock.elapsed().as_secs_f64();
     reporter.event(&Event::Finished { phase, seconds });
     seconds
-}
-
-#[cfg(test)]
-mod tests {
-    use super::fits_host;
-    use crate::ErrorKind;
-    use crate::pipeline::PhasePlan;
-
-    #[test]
-    fn what_is_locked_on_the_host_must_be_there() {
-        let phase = |name: &str, pinned_bytes| PhasePlan {
-            name: name.into(),
-            pinned_bytes,
-            ..PhasePlan::default()
-        };
-        let phases = [phase("text", 64 << 20), phase("decoding", 6 << 30)];
-        fits_host(&phases, Some(6 << 30)).expect("just enough");
-        fits_host(&phases, None).expect("not told");
-        let error = fits_host(&phases, Some(5 << 30)).expect_err("too little");
-        assert_eq!(error.kind(), ErrorKind::Memory);
-        assert!(error.to_string().starts_with("decoding needs 6.00 GiB"), "{error}");
-    }
 }

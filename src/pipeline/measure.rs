@@ -50,6 +50,8 @@ pub struct PhaseTime {
     pub host_memory: Option<u64>,
     /// Page-locked memory of the host among it, or beside it, in bytes.
     pub pinned: u64,
+    /// Carried frames in the scratch file, in bytes.
+    pub scratch: u64,
 }
 
 /// What one kind of op takes in one graph.
@@ -207,6 +209,7 @@ pub fn measure(
         memory_of_units,
         host_memory,
         pinned: fit.pinned_bytes,
+        scratch: fit.scratch_bytes,
     };
     add(&mut measured, phase);
     decode(networks, weights, backend, &latents, &used, &mut measured, add)?;
@@ -324,6 +327,7 @@ fn decode(
         memory_of_units: units.bytes,
         host_memory: anonymous_memory(),
         pinned: fit.pinned_bytes,
+        scratch: fit.scratch_bytes,
     };
     add(measured, phase);
     Ok(())

@@ -1,13 +1,13 @@
 //! How a phase of a run fits into the device memory there is: which weights stay and which
 //! are streamed, in what pieces the decoder goes and which of its carried frames wait on the
-//! host. Decided from graphs alone, before anything is loaded; results do not depend on it.
+//! host, in memory or in the scratch file. Decided from graphs alone, before anything is loaded; results do not depend on it.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::predict::{Machine, predict};
 use crate::exec::Backend;
-use crate::graph::{Ahead, Graph, Op, Residency, matrices};
+use crate::graph::{Ahead, Graph, Home, Op, Residency, matrices};
 use crate::tensor::DType;
 use crate::{Error, Result};
 
@@ -27,12 +27,15 @@ const AHEAD_OF_STATES: [Ahead; 5] = [
 ];
 const JUST_IN_TIME: Ahead = Ahead { bytes: 0, nodes: 1 };
 /// The machine for which one way is compared with another: a card whose memory is short, on
-/// PCIe 4.0 x16, which gives less than its 25 GB/s when both directions are busy.
-const USUAL: Machine = Machine { flops: 60e12, memory: 450e9, link: 20e9 };
+/// PCIe 4.0 x16, which gives less than its 25 GB/s when both directions are busy, and a disk on
+/// PCIe 3.0 x4.
+const USUAL: Machine = Machine { flops: 60e12, memory: 450e9, link: 20e9, disk: 2e9 };
 /// Steps in which the resident part of the weights is chosen.
 const STEPS: u64 = 64;
 /// Pinned memory of the ring that uploads go through.
 const RING: u64 = 64 << 20;
+/// Pinned memory that carried frames pass through on their way to the scratch file and back.
+const SLOTS: u64 = 64 << 20;
 /// How much longer decoding may take for less page-locked memory.
 const PATIENCE: f64 = 1.1;
 
@@ -53,6 +56,8 @@ pub struct Fit {
     pub device_bytes: u64,
     /// Page-locked memory of the host, in bytes.
     pub pinned_bytes: u64,
+    /// Carried frames in the scratch file, in bytes.
+    pub scratch_bytes: u64,
 }
 
 impl Fit {
@@ -115,7 +120,7 @@ pub fn stream_weights(graphs: &[&Graph], once: Once, backend: &dyn Backend) -> F
     let fit = |part: u64, ahead: u64| {
         let streamed = weights.streamed(&always, part);
         let ahead = if streamed.is_empty() { 0 } else { ahead };
-        let residency = Residency::new(streamed, HashSet::new(), Ahead::bytes(ahead));
+        let residency = Residency::new(streamed, HashMap::new(), Ahead::bytes(ahead));
         let mut fit = measure(graphs, &weights, residency, usize::MAX, backend);
         if once == Once::FirstGraph {
             // Its states stay beside the other graphs.
@@ -169,8 +174,9 @@ fn most_that_stays(fit: impl Fn(u64) -> Fit, budget: u64) -> Option<Fit> {
 
 /// Fits the decoder, whose windows `record` gives for a number of frames at once: in as large
 /// pieces as there is room for, then with carried frames on the host, those first that come
-/// and go least. Of the ways that take about the least time it is the one with the least memory
-/// on the host. If nothing fits, the fit is the smallest there is.
+/// and go least. Where the host's memory is too small for them, those that come and go least of
+/// all are in the scratch file. Of the ways that take about the least time it is the one with the
+/// least memory and file. If nothing fits, the fit is the smallest there is.
 ///
 /// # Errors
 /// Those of `record`.
@@ -194,9 +200,14 @@ pub fn stream_states(
         let refs: Vec<&Graph> = graphs.iter().collect();
         let weights = Weights::of(&refs);
         let order = states_by_traffic(&refs);
+        let sizes: Vec<u64> =
+            order.iter().map(|name| state_bytes(&refs, |other| other == name)).collect();
         let fit = |count: usize, ahead: Ahead| {
-            let hosted = order[..count].iter().cloned().collect();
-            let residency = Residency::new(HashSet::new(), hosted, ahead);
+            let filed = how_many_in_file(&sizes[..count], backend.host_memory());
+            let home = |at| if at < filed { Home::File } else { Home::Host };
+            let names = order[..count].iter().cloned().enumerate();
+            let states = names.map(|(at, name)| (name, home(at))).collect();
+            let residency = Residency::new(HashSet::new(), states, ahead);
             measure(&refs, &weights, residency, at_once, backend)
         };
         for ahead in AHEAD_OF_STATES {
@@ -209,14 +220,31 @@ pub fn stream_states(
             smallest = Some(all);
         }
     }
-    let best = about_fastest(found, PATIENCE).min_by_key(|fit| fit.pinned_bytes);
+    let best =
+        about_fastest(found, PATIENCE).min_by_key(|fit| fit.pinned_bytes + fit.scratch_bytes);
     Ok(best.or(smallest).unwrap_or_default())
+}
+
+/// How many of the states of these sizes, the first ones, must be in the scratch file so that
+/// `memory` bytes are enough for the others and what pinned memory there is besides.
+fn how_many_in_file(sizes: &[u64], memory: Option<u64>) -> usize {
+    let memory = memory.unwrap_or(u64::MAX);
+    let fits = |filed: &usize| {
+        let pinned = sizes[*filed..].iter().sum();
+        pinned_bytes(pinned, *filed > 0) <= memory
+    };
+    (0..sizes.len()).find(fits).unwrap_or(sizes.len())
+}
+
+/// Pinned memory with `states` bytes of carried frames in it, and perhaps others in the file.
+fn pinned_bytes(states: u64, file: bool) -> u64 {
+    RING + states + if file { SLOTS } else { 0 }
 }
 
 /// How long the last of `graphs` takes on [`USUAL`].
 fn seconds_of_last(graphs: &[&Graph], residency: &Residency, backend: &dyn Backend) -> f64 {
     let Some(graph) = graphs.last() else { return 0.0 };
-    predict(graph, &backend.plan(graph, residency), &USUAL).seconds
+    predict(graph, &backend.plan(graph, residency), residency, &USUAL).seconds
 }
 
 /// The name of the first matrix of `node` that could be streamed.
@@ -308,23 +336,25 @@ fn measure(
     for graph in graphs {
         let plan = backend.plan(graph, &residency);
         arena_bytes = plan.arena_bytes().max(arena_bytes);
-        let states = state_bytes(&[graph], |name| !residency.hosts(name));
+        let states = state_bytes(&[graph], |name| !residency.leaves(name));
         others = (plan.persistent_bytes() - states).max(others);
     }
     // The states of all graphs are there at one time.
-    let persistent_bytes = others + state_bytes(graphs, |name| !residency.hosts(name));
+    let persistent_bytes = others + state_bytes(graphs, |name| !residency.leaves(name));
     let is_streamed = |(name, bytes): &(String, u64)| {
         if residency.streams(name) { *bytes } else { 0 }
     };
     let resident_bytes = weights.total - weights.matrices.iter().map(is_streamed).sum::<u64>();
-    let hosted = state_bytes(graphs, |name| residency.hosts(name));
+    let at = |home: Home| state_bytes(graphs, |name| residency.home(name) == home);
+    let scratch_bytes = at(Home::File);
     Fit {
         at_once,
         arena_bytes,
         persistent_bytes,
         resident_bytes,
         device_bytes: arena_bytes + persistent_bytes + resident_bytes + MARGIN,
-        pinned_bytes: RING + hosted,
+        pinned_bytes: pinned_bytes(at(Home::Host), scratch_bytes > 0),
+        scratch_bytes,
         residency: residency.with_arena(arena_bytes),
     }
 }
@@ -342,4 +372,25 @@ fn state_bytes(graphs: &[&Graph], counted: impl Fn(&str) -> bool) -> u64 {
         }
     }
     states.values().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{RING, SLOTS, how_many_in_file};
+
+    #[test]
+    fn what_memory_is_too_small_for_is_in_the_file() {
+        const GIB: u64 = 1 << 30;
+        let sizes = [GIB, 2 * GIB, 4 * GIB];
+        let in_file = |memory| how_many_in_file(&sizes, Some(memory));
+        assert_eq!(how_many_in_file(&sizes, None), 0);
+        assert_eq!(in_file(RING + 7 * GIB), 0);
+        assert_eq!(in_file(RING + 7 * GIB - 1), 1);
+        // The slots of the way to the file take memory, too.
+        assert_eq!(in_file(RING + SLOTS + 6 * GIB), 1);
+        assert_eq!(in_file(RING + SLOTS + 6 * GIB - 1), 2);
+        assert_eq!(in_file(RING + SLOTS + 4 * GIB - 1), 3);
+        assert_eq!(in_file(0), 3);
+        assert_eq!(how_many_in_file(&[], Some(0)), 0);
+    }
 }

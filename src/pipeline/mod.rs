@@ -30,6 +30,7 @@ mod preview;
 mod progress;
 mod prompts;
 mod request;
+mod room;
 mod saved;
 mod settings;
 mod state;

@@ -37,6 +37,8 @@ pub struct PhasePlan {
     pub device_bytes: u64,
     /// Page-locked memory of the host, in bytes.
     pub pinned_bytes: u64,
+    /// Carried frames in the scratch file, in bytes.
+    pub scratch_bytes: u64,
     /// Most frames of its last level that the decoder makes at once, if it goes in pieces.
     pub frames_at_once: Option<usize>,
     /// Bytes that come in from the host over the whole phase.
@@ -77,6 +79,7 @@ impl<'a> Planner<'a> {
             phase.device_bytes = fit.device_bytes;
         }
         phase.pinned_bytes = phase.pinned_bytes.max(fit.pinned_bytes);
+        phase.scratch_bytes = phase.scratch_bytes.max(fit.scratch_bytes);
         if fit.at_once != usize::MAX {
             phase.frames_at_once = Some(fit.at_once);
         }
@@ -98,7 +101,7 @@ impl<'a> Planner<'a> {
         });
         phase.streamed_bytes += comes_in.sum::<u64>() * times as u64;
         if let Some(machine) = self.machine {
-            let run = predict(graph, &plan, machine);
+            let run = predict(graph, &plan, &fit.residency, machine);
             *phase.predicted.get_or_insert_default() += run * times as f64;
         }
     }

@@ -226,6 +226,27 @@ fn plan_of_the_published_model_shares_its_memory() {
 }
 
 #[test]
+fn plan_tells_what_waits_in_memory_and_what_in_a_file() {
+    let bench = Bench::new();
+    let args = |host: Option<&'static str>| {
+        let limit = host.into_iter().flat_map(|host| ["--max-host", host]);
+        let args = ["plan", "--model", "sd3-768p", "--max-vram", "6G", "--json"];
+        args.into_iter().chain(limit).collect::<Vec<_>>()
+    };
+    let decoding = |host| {
+        let run = bench.run(args(host)).ok();
+        let plan: Value = serde_json::from_str(&run.text()).expect("JSON");
+        let bytes = |name: &str| plan["phases"][2][name].as_u64().expect("a number");
+        (bytes("pinned_bytes"), bytes("scratch_bytes"))
+    };
+    let (pinned, scratch) = decoding(None);
+    assert!(pinned > 4 << 30 && scratch == 0, "{pinned} and {scratch} bytes");
+    let (less, scratch) = decoding(Some("4G"));
+    assert!(less < 4 << 30 && less + scratch > pinned, "{less} and {scratch} bytes");
+    bench.run(args(Some("0.5G"))).fails(6, &["0.50 GiB of host memory", "--max-host", "0.88G"]);
+}
+
+#[test]
 fn help_and_version_work_and_unknown_arguments_do_not() {
     let bench = Bench::new();
     let help = bench.run(["generate", "--help"]).ok().text();

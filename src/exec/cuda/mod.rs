@@ -3,6 +3,7 @@
 //! Everything a run needs is resolved when a graph is added: addresses in one arena, kernels,
 //! grids and parameters. A run only queues them on a stream of its own.
 
+mod courier;
 mod cublaslt;
 mod driver;
 pub mod images;
@@ -24,9 +25,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use crate::Result;
-use crate::exec::{Backend, Session};
+use crate::exec::{Backend, HostRoom, Session};
 use crate::graph::{Graph, Plan, Residency};
 use crate::tensor::{DType, WeightSource};
+use courier::Courier;
 use driver::{Context, DeviceMemory, Event, Stream};
 use kernels::Kernels;
 pub use probe::GpuInfo;
@@ -60,6 +62,10 @@ pub struct Cuda {
     gemm: Gemm,
     /// Bytes per second that copies between host and device are slowed to.
     link: Option<f64>,
+    /// For what does not stay on the device.
+    host: HostRoom,
+    /// Bytes that go to the scratch file or come back at a time.
+    slot_bytes: usize,
     fenced: bool,
     first_run: Arc<OnceLock<Instant>>,
 }
@@ -75,8 +81,18 @@ impl Cuda {
         let capability = info.compute_capability;
         let kernels = Arc::new(Kernels::load(&context, (capability.0, capability.1))?);
         let uploader = Arc::new(Mutex::new(Uploader::new(&context, None)?));
-        let (gemm, link, first_run) = (Gemm::Automatic, None, Arc::default());
-        Ok(Cuda { context, kernels, info, uploader, gemm, link, fenced: false, first_run })
+        Ok(Cuda {
+            context,
+            kernels,
+            info,
+            uploader,
+            gemm: Gemm::Automatic,
+            link: None,
+            host: HostRoom::default(),
+            slot_bytes: Courier::SLOT_BYTES,
+            fenced: false,
+            first_run: Arc::default(),
+        })
     }
 
     /// Only the kernels that every supported GPU runs, not those of one generation, and no
@@ -98,6 +114,22 @@ impl Cuda {
     /// take more is refused.
     pub fn limited(self, bytes: u64) -> Cuda {
         self.context.limit(bytes);
+        self
+    }
+
+    /// Keeps what does not stay on the device in `room`.
+    pub fn with_host(mut self, room: HostRoom) -> Cuda {
+        self.host = room;
+        self
+    }
+
+    /// Carries frames to the scratch file and back in pieces of `bytes`: for tests.
+    ///
+    /// # Panics
+    /// If it is none.
+    pub fn with_slots(mut self, bytes: usize) -> Cuda {
+        assert!(bytes > 0, "pieces have bytes");
+        self.slot_bytes = bytes;
         self
     }
 
@@ -177,6 +209,14 @@ impl Backend for Cuda {
 
     fn copies_weights(&self) -> bool {
         true
+    }
+
+    fn host_memory(&self) -> Option<u64> {
+        self.host.memory()
+    }
+
+    fn check_scratch(&self, bytes: u64) -> Result<()> {
+        self.host.check(bytes)
     }
 
     fn copy_rate(&self) -> Result<Option<f64>> {

@@ -87,9 +87,8 @@ impl CudaSession {
         residency: &Residency,
     ) -> Result<CudaSession> {
         let residency = if backend.fenced { Residency::default() } else { residency.clone() };
-        let uploader = backend.uploader.clone();
         Ok(CudaSession {
-            traffic: Traffic::new(&backend.context, uploader, backend.link)?,
+            traffic: Traffic::new(backend)?,
             residency,
             first_run: backend.first_run.clone(),
             stream: Stream::new(&backend.context)?,

@@ -1,7 +1,7 @@
 //! The ways between host and device.
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -18,54 +18,73 @@ pub(super) struct Lane {
     pace: Option<Arc<Pace>>,
 }
 
-/// How fast a slowed lane is, and when its present copy began.
+/// How fast the slowed lanes of one direction are together, and when what they have begun ends.
 struct Pace {
     bytes_per_second: f64,
-    began: Mutex<Instant>,
+    busy: Mutex<Instant>,
 }
 
-/// When a copy that began with `pace` may end.
-struct Until {
+impl Pace {
+    fn takes(&self, bytes: usize) -> Duration {
+        Duration::from_secs_f64(bytes as f64 / self.bytes_per_second)
+    }
+
+    /// When a copy may end that began then and is followed by the others.
+    fn end(&self, began: Instant, takes: Duration) -> Instant {
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        *busy = began.max(*busy) + takes;
+        *busy
+    }
+}
+
+/// A copy on a slowed lane.
+struct Slowed {
     pace: Arc<Pace>,
     takes: Duration,
+    began: OnceLock<Instant>,
 }
 
 impl Lane {
     /// `link` slows copies down to so many bytes per second: how a slower bus would do.
     pub fn new(context: &Arc<Context>, link: Option<f64>) -> Result<Lane> {
-        let began = Mutex::new(Instant::now());
-        let pace = link.map(|bytes_per_second| Arc::new(Pace { bytes_per_second, began }));
+        let busy = Mutex::new(Instant::now());
+        let pace = link.map(|bytes_per_second| Arc::new(Pace { bytes_per_second, busy }));
         Ok(Lane { stream: Stream::new(context)?, pace })
     }
 
-    /// As [`Stream::upload`].
-    ///
-    /// # Safety
-    /// As there.
-    pub unsafe fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
-        // SAFETY: passed on from the caller.
-        self.paced(bytes.len(), || unsafe { self.stream.upload(to, bytes) })
+    /// Another lane of the same direction: if they are slowed, they share the bus.
+    pub fn beside(&self, context: &Arc<Context>) -> Result<Lane> {
+        Ok(Lane { stream: Stream::new(context)?, pace: self.pace.clone() })
     }
 
-    /// As [`Stream::download`].
+    /// As [`Stream::upload_from`].
     ///
     /// # Safety
     /// As there.
-    pub unsafe fn download(&self, bytes: &mut [u8], from: Address) -> Result<()> {
+    pub unsafe fn upload(&self, to: Address, from: *const u8, bytes: usize) -> Result<()> {
         // SAFETY: passed on from the caller.
-        self.paced(bytes.len(), || unsafe { self.stream.download(bytes, from) })
+        self.paced(bytes, || unsafe { self.stream.upload_from(to, from, bytes) })
+    }
+
+    /// As [`Stream::download_to`].
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn download(&self, to: *mut u8, from: Address, bytes: usize) -> Result<()> {
+        // SAFETY: passed on from the caller.
+        self.paced(bytes, || unsafe { self.stream.download_to(to, from, bytes) })
     }
 
     /// Queues a copy of so many bytes, and a pause behind it if the lane is slowed.
     fn paced(&self, bytes: usize, copy: impl FnOnce() -> Result<()>) -> Result<()> {
         let Some(pace) = &self.pace else { return copy() };
-        let takes = Duration::from_secs_f64(bytes as f64 / pace.bytes_per_second);
-        let [first, last] = [0, 1].map(|_| Box::new(Until { pace: pace.clone(), takes }));
-        // SAFETY: each function takes its box back.
+        let (takes, began) = (pace.takes(bytes), OnceLock::new());
+        let slowed = Arc::new(Slowed { pace: pace.clone(), takes, began });
+        // SAFETY: each function takes its share of the copy back.
         unsafe {
-            self.stream.call(begin, Box::into_raw(first).cast())?;
+            self.stream.call(begin, Arc::into_raw(slowed.clone()).cast_mut().cast())?;
             copy()?;
-            self.stream.call(pause, Box::into_raw(last).cast())
+            self.stream.call(pause, Arc::into_raw(slowed).cast_mut().cast())
         }
     }
 }
@@ -73,11 +92,11 @@ impl Lane {
 /// Notes that a copy begins.
 ///
 /// # Safety
-/// `data` must be an [`Until`] from [`Box::into_raw`] that nobody else takes back.
+/// `data` must be a [`Slowed`] from [`Arc::into_raw`] that nobody else takes back.
 unsafe extern "C" fn begin(data: *mut c_void) {
     // SAFETY: the caller's promise.
-    let until = unsafe { Box::from_raw(data.cast::<Until>()) };
-    *until.pace.began.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    let slowed = unsafe { Arc::from_raw(data.cast_const().cast::<Slowed>()) };
+    slowed.began.get_or_init(Instant::now);
 }
 
 /// Sleeps until a copy on the slowed lane would have ended.
@@ -86,9 +105,10 @@ unsafe extern "C" fn begin(data: *mut c_void) {
 /// As for [`begin`].
 unsafe extern "C" fn pause(data: *mut c_void) {
     // SAFETY: the caller's promise.
-    let until = unsafe { Box::from_raw(data.cast::<Until>()) };
-    let began = *until.pace.began.lock().unwrap_or_else(PoisonError::into_inner);
-    std::thread::sleep(until.takes.saturating_sub(began.elapsed()));
+    let slowed = unsafe { Arc::from_raw(data.cast_const().cast::<Slowed>()) };
+    let began = *slowed.began.get_or_init(Instant::now);
+    let end = slowed.pace.end(began, slowed.takes);
+    std::thread::sleep(end.saturating_duration_since(Instant::now()));
 }
 
 /// Brings data to the device through a ring of pinned buffers: while the copy engine reads
@@ -127,7 +147,9 @@ impl Uploader {
             convert(view, start, dtype, bytes, Self::PIECE);
             // SAFETY: `to` has room for the whole view; the slot is not written again
             // before its event.
-            unsafe { self.lane.upload(to + (start * size) as u64, bytes)? };
+            unsafe {
+                self.lane.upload(to + (start * size) as u64, bytes.as_ptr(), bytes.len())?;
+            }
             free.record(&self.lane.stream)?;
             self.next = (self.next + 1) % Self::SLOTS;
         }
@@ -174,4 +196,21 @@ fn convert(view: &WeightView<'_>, start: usize, dtype: DType, out: &mut [u8], pi
             _ => out.copy_from_slice(bytemuck::cast_slice(&values)),
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slowed_lanes_share_their_bus() {
+        let start = Instant::now();
+        let pace = Pace { bytes_per_second: 1e6, busy: Mutex::new(start) };
+        let (second, takes) = (Duration::from_secs(1), pace.takes(2_000_000));
+        assert_eq!(takes, 2 * second);
+        // Two that begin together, and one when the bus is free again.
+        assert_eq!(pace.end(start, takes), start + 2 * second);
+        assert_eq!(pace.end(start, takes), start + 4 * second);
+        assert_eq!(pace.end(start + 9 * second, takes), start + 11 * second);
+    }
 }

@@ -232,6 +232,26 @@ impl Stream {
         check("filling memory", unsafe { result::memset_d8_async(to, byte, bytes, self.stream) })
     }
 
+    /// As [`Self::upload`], from memory that others may use before the stream gets there.
+    ///
+    /// # Safety
+    /// As there, and for the bytes at `from`.
+    pub unsafe fn upload_from(&self, to: Address, from: *const u8, bytes: usize) -> Result<()> {
+        // SAFETY: passed on from the caller.
+        let answer = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.stream) };
+        check("uploading", answer.result())
+    }
+
+    /// As [`Self::download`], to memory that others may use before the stream gets there.
+    ///
+    /// # Safety
+    /// As there, and for the bytes at `to`.
+    pub unsafe fn download_to(&self, to: *mut u8, from: Address, bytes: usize) -> Result<()> {
+        // SAFETY: passed on from the caller.
+        let answer = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.stream) };
+        check("downloading", answer.result())
+    }
+
     /// Queues a copy to the device. The bytes must stay as they are until it is done:
     /// pinned memory guarded by an event, or synchronize.
     ///
