@@ -19,7 +19,6 @@
 // with, per entry point,
 //                            tile      box rows of a, b   stages   dynamic shared memory
 //   gemm_sm90_128x128_pair   128×128   128,  64           6        229536    cluster of 2, in turn
-//   gemm_sm90_128x192_pair   128×192   128,  96           4        213120    cluster of 2
 //   gemm_sm90_128x192        128×192   128, 192           4        213120
 //   gemm_sm90_64x192_pair     64×192    64,  96           6        213152    cluster of 2, in turn
 //   gemm_sm90_64x64           64×64     64,  64           8        147648    in turn
@@ -343,7 +342,6 @@ __device__ __forceinline__ void gemm(const GemmGroup& group) {
 
 // Rows, columns, cluster, whether consumers take tiles in turn, boxes of a warp.
 GEMM_PAIR_KERNEL(gemm_sm90_128x128_pair, bf16, 128, 128, 2, true, 2)
-GEMM_PAIR_KERNEL(gemm_sm90_128x192_pair, bf16, 128, 192, 2, false, 3)
 GEMM_KERNEL(gemm_sm90_128x192, bf16, 128, 192, 1, false, 3)
 GEMM_PAIR_KERNEL(gemm_sm90_64x192_pair, bf16, 64, 192, 2, true, 1)
 GEMM_KERNEL(gemm_sm90_64x64, bf16, 64, 64, 1, true, 1)

@@ -339,8 +339,9 @@ fn measure(
         let states = state_bytes(&[graph], |name| !residency.leaves(name));
         others = (plan.persistent_bytes() - states).max(others);
     }
-    // The states of all graphs are there at one time.
-    let persistent_bytes = others + state_bytes(graphs, |name| !residency.leaves(name));
+    // The states of all graphs are there at one time, and the inputs of a graph and of the one
+    // that is made while it runs.
+    let persistent_bytes = 2 * others + state_bytes(graphs, |name| !residency.leaves(name));
     let is_streamed = |(name, bytes): &(String, u64)| {
         if residency.streams(name) { *bytes } else { 0 }
     };

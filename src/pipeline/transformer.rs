@@ -101,6 +101,8 @@ pub struct Transformer<'a> {
     modulation: ModulationTable,
     entrances: Entrances,
     stage: Option<Stage>,
+    /// A stage that was announced, and what it looks like.
+    expected: Option<(StageGeometry, Stage)>,
 }
 
 impl<'a> Transformer<'a> {
@@ -126,20 +128,17 @@ impl<'a> Transformer<'a> {
             modulation,
             entrances: Entrances::default(),
             stage: None,
+            expected: None,
         })
     }
 
-    /// Plans the steps of a stage, with all inputs written that stay as they are.
-    fn add_stage(&mut self, stage: &StageGeometry, history: &[Latent]) -> Result<Stage> {
+    /// Plans the steps of a stage, with the text written.
+    fn add_stage(&mut self, stage: &StageGeometry) -> Result<Stage> {
         let geometry = geometry(stage, &self.text_tokens);
         let graph = record_step(self.config, &geometry, StepOutput::EulerStep, self.dtype)?;
         let graph = self.session.add(graph)?;
         let text = self.session.find(graph, "text")?;
         self.session.write(graph, text, &self.text)?;
-        for (i, clip) in history.iter().enumerate() {
-            let input = self.session.find(graph, &format!("clip{i}"))?;
-            self.session.write(graph, input, clip.data())?;
-        }
         Ok(Stage {
             graph,
             modulation: self.session.find(graph, "modulation")?,
@@ -177,11 +176,20 @@ impl Denoiser for Transformer<'_> {
         let previous = self.stage.take();
         let below = previous.as_ref().map(|p| (p.graph, p.current));
         let entrance = self.entrances.prepare(&mut *self.session, entry, below)?;
-        // Before the next graph comes: both need not fit at once.
         if let Some(previous) = previous {
             self.session.remove(previous.graph);
         }
-        let begun = self.add_stage(stage, history)?;
+        let begun = match self.expected.take() {
+            Some((geometry, expected)) if geometry == *stage => expected,
+            other => {
+                other.into_iter().for_each(|(_, stage)| self.session.remove(stage.graph));
+                self.add_stage(stage)?
+            }
+        };
+        for (i, clip) in history.iter().enumerate() {
+            let input = self.session.find(begun.graph, &format!("clip{i}"))?;
+            self.session.write(begun.graph, input, clip.data())?;
+        }
         // Only now: adding a graph may move what others left in the arena.
         self.session.run(entrance)?;
         let x = self.session.find(entrance, "x")?;
@@ -201,6 +209,14 @@ impl Denoiser for Transformer<'_> {
         session.write(graph, scalars, &[step.guidance.unwrap_or(0.0), step.dsigma])?;
         session.run(graph)?;
         self.round()
+    }
+
+    fn expect_stage(&mut self, next: &StageGeometry) -> Result<()> {
+        let stage = self.add_stage(next)?;
+        if let Some((_, stale)) = self.expected.replace((next.clone(), stage)) {
+            self.session.remove(stale.graph);
+        }
+        Ok(())
     }
 
     fn end_stage(&mut self) -> Result<Latent> {

@@ -46,6 +46,16 @@ pub trait Denoiser {
     /// If the model fails.
     fn step(&mut self, step: &Step) -> Result<()>;
 
+    /// Announces the stage after the present one, whose steps may still be under way: what they
+    /// leave to be prepared is prepared meanwhile. Nothing has to be done.
+    ///
+    /// # Errors
+    /// If the model cannot do what will be asked.
+    fn expect_stage(&mut self, next: &StageGeometry) -> Result<()> {
+        let _ = next;
+        Ok(())
+    }
+
     /// What the stage ends with: `x` after all steps so far. The next stage may still start
     /// from it.
     ///
@@ -189,6 +199,9 @@ impl Run<'_> {
         let clips = history.clips(stage);
         self.denoiser.begin_stage(&geometry, &clips, &entry).map_err(|e| e.at(place(&geometry)))?;
         self.steps(&geometry, schedule)?;
+        if let Some(next) = self.stage_after(&geometry)? {
+            self.denoiser.expect_stage(&next).map_err(|e| e.at(place(&next)))?;
+        }
         let x = self.denoiser.end_stage().map_err(|e| e.at(place(&geometry)))?;
         check_shape(x.shape(), geometry.shape).map_err(|e| e.at(place(&geometry)))?;
         if !x.is_finite() {
@@ -200,6 +213,16 @@ impl Run<'_> {
         }
         self.observer.stage_finished(&geometry, &x)?;
         Ok(x)
+    }
+
+    /// The stage after `present`, if that is not the last of the run.
+    fn stage_after(&self, present: &StageGeometry) -> Result<Option<StageGeometry>> {
+        let (unit, stage) = match present.stage + 1 {
+            stage if stage < stage_spans().len() => (present.unit, stage),
+            _ => (present.unit + 1, 0),
+        };
+        let comes = unit < self.request.units;
+        comes.then(|| self.request.stage_geometry(unit, stage)).transpose()
     }
 
     /// What a stage starts from: for stage 0 its frame of the initial noise, for the others

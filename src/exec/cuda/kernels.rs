@@ -95,7 +95,6 @@ const FILES: &[File] = &[
         name: "gemm_sm90",
         entries: &[
             ("gemm_sm90_128x128_pair", 384, 229_536),
-            ("gemm_sm90_128x192_pair", 384, 213_120),
             ("gemm_sm90_128x192", 384, 213_120),
             ("gemm_sm90_64x192_pair", 384, 213_152),
             ("gemm_sm90_64x64", 384, 147_648),

@@ -52,6 +52,8 @@ struct Planned {
     steps: Vec<Step>,
     /// The arena and scratch memory that `steps` were made for.
     made_for: [Address; 2],
+    /// Whether nothing is queued yet that uses its inputs.
+    fresh: bool,
     /// Whether the graph has run.
     ran: bool,
     /// All steps as one, once the graph has run before.
@@ -120,6 +122,19 @@ impl CudaSession {
         self.place(planned, input)
     }
 
+    /// Writes to an input of `graph`, which has room for the bytes: at once if nothing queued uses
+    /// it, else behind what is queued.
+    fn put(&self, graph: GraphId, to: Address, bytes: &[u8]) -> Result<()> {
+        if self.planned(graph)?.fresh && !self.fenced {
+            let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
+            return uploader.bring(bytes, to);
+        }
+        self.stream.bind()?;
+        // SAFETY: the input holds as many bytes. Pageable memory is read before the driver
+        // returns: what is small it copies aside without waiting for the stream.
+        unsafe { self.stream.upload(to, bytes) }
+    }
+
     /// Queues all nodes. `after` is called behind each.
     fn queue_nodes(
         &mut self,
@@ -166,8 +181,7 @@ impl CudaSession {
                 let recorded = self.stream.record(|| {
                     let mut before = None;
                     for step in &planned.steps {
-                        let early =
-                            step.may_start_early(before) && std::env::var_os("NO_EARLY").is_none();
+                        let early = step.may_start_early(before);
                         // SAFETY: as in `queue_nodes`.
                         unsafe { step.queue(&self.stream, &planned.graph, early)? };
                         before = Some(step);
@@ -185,7 +199,7 @@ impl CudaSession {
             }
         }
         if let Some(planned) = self.graphs[graph.0].as_mut() {
-            planned.ran = true;
+            (planned.fresh, planned.ran) = (false, true);
         }
         self.first_run.get_or_init(Instant::now);
         Ok(())
@@ -252,24 +266,24 @@ impl Session for CudaSession {
                 )));
             }
         }
-        // What is queued may use memory that moves now.
-        self.settle()?;
+        // All that is allocated is new: graphs that are queued may go on meanwhile.
+        let uploader = self.uploader.clone();
         // A panic elsewhere leaves nothing behind that the next upload minds.
-        let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut uploader = uploader.lock().unwrap_or_else(PoisonError::into_inner);
         self.weights.load(&graph, &self.residency, &self.context, &self.kernels, &mut uploader)?;
-        drop(uploader);
         let plan = Plan::staged(&graph, DType::bytes, &self.residency);
-        let own = self.allocate(&graph, &plan)?;
+        let own = self.allocate(&graph, &plan, &mut uploader)?;
         let schedule = Schedule::new(&graph, &plan, &self.residency, &self.context)?;
         self.traffic.reserve(&schedule)?;
         let tables =
-            Tables::new(&graph, &self.kernels, &self.weights, &self.context, &self.stream)?;
+            Tables::new(&graph, &self.kernels, &self.weights, &self.context, &mut uploader)?;
+        drop(uploader);
         let scratch = ops::scratch_bytes(&graph, &self.kernels, self.cublaslt.is_some());
         self.reserve(plan.arena_bytes().max(self.residency.arena()), scratch)?;
         let (steps, made_for) = (Vec::new(), self.bases());
-        let (ran, recorded) = (false, None);
+        let (fresh, ran, recorded) = (true, false, None);
         let mut planned =
-            Planned { graph, plan, own, tables, schedule, steps, made_for, ran, recorded };
+            Planned { graph, plan, own, tables, schedule, steps, made_for, fresh, ran, recorded };
         planned.steps = self.prepare(&planned)?;
         self.graphs.push(Some(planned));
         Ok(GraphId(self.graphs.len() - 1))
@@ -289,18 +303,13 @@ impl Session for CudaSession {
 
     fn write(&mut self, graph: GraphId, input: TensorId, data: &[f32]) -> Result<()> {
         let place = self.input(graph, input, data.len())?;
-        self.stream.bind()?;
         let narrow = |v: &f32| bf16::from_f32(*v);
-        // SAFETY: the input holds as many elements. Pageable memory is read before the
-        // driver returns: what is small it copies aside without waiting for the stream.
-        unsafe {
-            match place.dtype {
-                DType::Bf16 => {
-                    let data: Vec<bf16> = data.par_iter().map(narrow).collect();
-                    self.stream.upload(place.address, bytemuck::cast_slice(&data))
-                }
-                _ => self.stream.upload(place.address, bytemuck::cast_slice(data)),
+        match place.dtype {
+            DType::Bf16 => {
+                let data: Vec<bf16> = data.par_iter().map(narrow).collect();
+                self.put(graph, place.address, bytemuck::cast_slice(&data))
             }
+            _ => self.put(graph, place.address, bytemuck::cast_slice(data)),
         }
     }
 
@@ -314,9 +323,7 @@ impl Session for CudaSession {
                 crate::exec::check_ids(ids, vocabulary)?;
             }
         }
-        self.stream.bind()?;
-        // SAFETY: as in `write`.
-        unsafe { self.stream.upload(place.address, bytemuck::cast_slice(ids)) }
+        self.put(graph, place.address, bytemuck::cast_slice(ids))
     }
 
     fn copy(
@@ -328,7 +335,11 @@ impl Session for CudaSession {
         let (source, target) = (self.planned(from.0)?, self.planned(to.0)?);
         let tensors = (source.graph.tensor(from.1), target.graph.tensor(to.1));
         check_copy(tensors.0, first, tensors.1, from.0 == to.0)?;
+        let target_graph = to.0;
         let (from, to) = (self.place(source, from.1)?, self.place(target, to.1)?);
+        if let Some(planned) = self.graphs[target_graph.0].as_mut() {
+            planned.fresh = false;
+        }
         let row = to.cols * to.dtype.bytes();
         self.stream.bind()?;
         // SAFETY: both tensors have the rows, and an input has memory of its own, which no

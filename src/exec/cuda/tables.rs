@@ -4,10 +4,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::driver::{Address, Context, DeviceMemory, Stream};
+use super::driver::{Address, Context, DeviceMemory};
 use super::kernels::Kernels;
 use super::ops::attention::Variant;
 use super::params::{AttentionTile, KeyRange};
+use super::upload::Uploader;
 use super::weights::DeviceWeights;
 use crate::Result;
 use crate::graph::{AttentionSpec, Graph, Op, Plan, Segment};
@@ -39,7 +40,7 @@ impl Tables {
         kernels: &Kernels,
         weights: &DeviceWeights,
         context: &Arc<Context>,
-        stream: &Stream,
+        uploader: &mut Uploader,
     ) -> Result<Tables> {
         let mut bytes = Vec::new();
         let mut by_node = HashMap::new();
@@ -61,8 +62,7 @@ impl Tables {
             by_node.insert(index, tables);
         }
         let memory = DeviceMemory::new(context, bytes.len(), "attention tables")?;
-        // SAFETY: just allocated with this size.
-        unsafe { stream.upload(memory.address(), &bytes)? };
+        uploader.bring(&bytes, memory.address())?;
         for tables in by_node.values_mut() {
             tables.tiles += memory.address();
             tables.ranges += memory.address();

@@ -156,6 +156,26 @@ impl Uploader {
         Ok((view.len() * size) as u64)
     }
 
+    /// Brings `bytes` to memory that nothing queued elsewhere uses, and waits until they are
+    /// there.
+    pub fn bring(&mut self, bytes: &[u8], to: Address) -> Result<()> {
+        self.lane.stream.bind()?;
+        for (i, bytes) in bytes.chunks(Self::SLOT_BYTES).enumerate() {
+            let (buffer, free) = &mut self.slots[self.next];
+            free.synchronize()?;
+            let slot = &mut buffer.as_mut_slice()[..bytes.len()];
+            slot.copy_from_slice(bytes);
+            // SAFETY: `to` has room for all of it; the slot is not written again before its
+            // event.
+            unsafe {
+                self.lane.upload(to + (i * Self::SLOT_BYTES) as u64, slot.as_ptr(), slot.len())?;
+            }
+            free.record(&self.lane.stream)?;
+            self.next = (self.next + 1) % Self::SLOTS;
+        }
+        self.finish()
+    }
+
     /// The way in.
     pub fn lane(&self) -> &Lane {
         &self.lane

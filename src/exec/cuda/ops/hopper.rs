@@ -6,7 +6,7 @@ use std::fmt;
 use crate::exec::cuda::kernels::blocks;
 use crate::{Error, Result};
 
-/// What one block computes at a time.
+/// What one block computes at a time, and how long it takes for that on an H200.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tile {
     pub rows: usize,
@@ -16,6 +16,12 @@ pub(super) struct Tile {
     /// Whether the consumers of a block take tiles in turn, one storing while the other
     /// multiplies, instead of sharing each.
     pub in_turn: bool,
+    /// Nanoseconds before the first product.
+    pub start: usize,
+    /// Nanoseconds of one step of the main loop.
+    pub step: usize,
+    /// Nanoseconds of the end of a tile: the last products, the epilogue, the stores.
+    pub end: usize,
 }
 
 impl fmt::Display for Tile {
@@ -30,18 +36,15 @@ impl Tile {
     /// Inner dimension of one step of the main loop.
     const DEPTH: usize = 64;
 
-    /// Cycles of the end of a tile: the last products, the epilogue, the stores.
-    const END: usize = 4000;
-
-    /// Cycles of `tiles` tiles, one after another, over an inner dimension of `depth`, about:
-    /// the tensor cores of a multiprocessor finish 2048 products a cycle and the second-level
-    /// cache delivers some 56 bytes (many blocks ask for the same at one time). Tiles taken in
-    /// turn hide their ends, at the price of some overlap in the main loop.
-    fn cycles(&self, tiles: usize, depth: usize) -> usize {
-        let products = self.rows * self.columns * Self::DEPTH / 2048;
-        let bytes = 2 * Self::DEPTH * (self.rows + self.columns / self.cluster);
-        let main = tiles * depth.div_ceil(Self::DEPTH) * products.max(bytes / 56);
-        if self.in_turn { main * 21 / 20 + Self::END } else { main + tiles * Self::END }
+    /// Nanoseconds of `tiles` tiles, one after another, over an inner dimension of `depth`. Tiles
+    /// taken in turn hide their ends, as far as they are not longer than two consumers can hide.
+    fn nanoseconds(&self, tiles: usize, depth: usize) -> usize {
+        let main = depth.div_ceil(Self::DEPTH) * self.step;
+        let tiles_take = match self.in_turn {
+            true => tiles * main.max(self.end / 4) + self.end,
+            false => tiles * (main + self.end),
+        };
+        self.start + tiles_take
     }
 }
 
@@ -53,12 +56,8 @@ pub(super) fn cheapest<'a>(
     depth: usize,
     units: impl Fn(&Tile) -> usize,
 ) -> Result<(&'a Tile, [u32; 3])> {
-    let force = std::env::var("FORCE").unwrap_or_default();
-    let tiles = tiles.filter(|t| {
-        force.is_empty() || t.columns % 64 != 0 || t.to_string() == force || t.rows > 128
-    });
     let clusters = |tile: &Tile| multiprocessors / tile.cluster;
-    let cost = |tile: &&Tile| tile.cycles(units(tile).div_ceil(clusters(tile)), depth);
+    let cost = |tile: &&Tile| tile.nanoseconds(units(tile).div_ceil(clusters(tile)), depth);
     let tile = tiles.min_by_key(cost).ok_or_else(|| Error::device("no tile fits the product"))?;
     let count = units(tile).min(clusters(tile)) * tile.cluster;
     Ok((tile, [blocks(count, 1)?, 1, 1]))

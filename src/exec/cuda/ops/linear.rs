@@ -194,19 +194,28 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
     )
 }
 
-/// The tiles of `kernels/gemm_sm90.cu` for bf16 and for f32.
-const HOPPER_TILES: [Tile; 6] = [
-    Tile { rows: 128, columns: 128, cluster: 2, in_turn: true },
-    Tile { rows: 128, columns: 192, cluster: 2, in_turn: false },
-    Tile { rows: 64, columns: 192, cluster: 2, in_turn: true },
-    Tile { rows: 64, columns: 64, cluster: 1, in_turn: true },
-    Tile { rows: 128, columns: 192, cluster: 1, in_turn: false },
-    Tile { rows: 128, columns: 64, cluster: 1, in_turn: false },
+/// A tile of one block, or for a cluster of 2 of each, that its consumers share.
+const fn shared(rows: usize, columns: usize, [start, step, end]: [usize; 3]) -> Tile {
+    Tile { rows, columns, cluster: 1, in_turn: false, start, step, end }
+}
+
+/// A tile that its block's consumers take in turn.
+const fn in_turn(rows: usize, columns: usize, cluster: usize, times: [usize; 3]) -> Tile {
+    Tile { cluster, in_turn: true, ..shared(rows, columns, times) }
+}
+
+/// The tiles of `kernels/gemm_sm90.cu` for bf16 and for f32. The times are a fit to what each
+/// takes for every product of `cargo bench --bench ops linear` on an H200; the tile that they make
+/// the cheapest is within 1 % of the best one there, in the mean.
+const HOPPER_TILES: [Tile; 5] = [
+    in_turn(128, 128, 2, [7300, 363, 3600]),
+    shared(128, 192, [7300, 508, 2400]),
+    in_turn(64, 192, 2, [7200, 302, 3600]),
+    in_turn(64, 64, 1, [6400, 171, 2400]),
+    shared(128, 64, [5800, 282, 1000]),
 ];
-const HOPPER_TILES_F32: [Tile; 2] = [
-    Tile { rows: 128, columns: 128, cluster: 1, in_turn: false },
-    Tile { rows: 128, columns: 64, cluster: 1, in_turn: false },
-];
+const HOPPER_TILES_F32: [Tile; 2] =
+    [shared(128, 128, [7300, 333, 2300]), shared(128, 64, [5800, 282, 1000])];
 
 /// Whether the kernels for sm_90 take this layer.
 fn fits_hopper(Layer { gemm, out, .. }: &Layer) -> bool {

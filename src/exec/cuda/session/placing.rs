@@ -7,6 +7,7 @@ use crate::exec::cuda::driver::{Address, DeviceMemory};
 use crate::exec::cuda::memory::Piece;
 use crate::exec::cuda::ops::{Prepare, Waiting};
 use crate::exec::cuda::step::Step;
+use crate::exec::cuda::upload::Uploader;
 use crate::exec::cuda::weights::{Form, Key};
 use crate::graph::{Graph, Node, Plan, Role, StagedWhat, TensorId};
 use crate::{Error, Result};
@@ -22,6 +23,7 @@ impl CudaSession {
         &mut self,
         graph: &Graph,
         plan: &Plan,
+        uploader: &mut Uploader,
     ) -> Result<HashMap<TensorId, Piece>> {
         let mut own = HashMap::new();
         for (i, tensor) in graph.tensors().iter().enumerate() {
@@ -34,11 +36,12 @@ impl CudaSession {
                 Role::Input => drop(own.insert(id, self.piece(bytes, &tensor.name)?)),
                 Role::Constant(c) => {
                     let piece = self.piece(bytes, &tensor.name)?;
-                    // SAFETY: the piece holds as many bytes as the constant.
-                    unsafe {
-                        let data = bytemuck::cast_slice(&graph.constants()[*c]);
-                        self.stream.upload(piece.address(), data)?;
+                    if self.fenced {
+                        // Its memory is being filled.
+                        self.stream.synchronize()?;
                     }
+                    uploader
+                        .bring(bytemuck::cast_slice(&graph.constants()[*c]), piece.address())?;
                     own.insert(id, piece);
                 }
                 Role::State if plan.staged_state(id).is_some() => {}
@@ -46,7 +49,7 @@ impl CudaSession {
                     let key = (tensor.name.clone(), bytes);
                     if !self.states.contains_key(&key) {
                         let piece = self.piece(bytes, &tensor.name)?;
-                        // SAFETY: as above.
+                        // SAFETY: the piece holds as many bytes.
                         unsafe { self.stream.fill(piece.address(), 0, bytes)? };
                         self.states.insert(key, piece);
                     }
@@ -62,8 +65,15 @@ impl CudaSession {
 
     /// Sees to it that the arena and the scratch memory are large enough.
     pub(super) fn reserve(&mut self, arena: u64, scratch: usize) -> Result<()> {
+        let lacks = |memory: &Option<DeviceMemory>, bytes: usize| {
+            memory.as_ref().is_none_or(|m| m.bytes() < bytes)
+        };
+        if lacks(&self.arena, arena as usize) || lacks(&self.scratch, scratch) {
+            // What is queued may use memory that moves now.
+            self.settle()?;
+        }
         let grow = |memory: &mut Option<DeviceMemory>, bytes: usize, what: &str| {
-            if memory.as_ref().is_none_or(|m| m.bytes() < bytes) {
+            if lacks(memory, bytes) {
                 // The old one goes first: both need not fit at once.
                 *memory = None;
                 *memory = Some(DeviceMemory::new(&self.context, bytes, what)?);
