@@ -3,10 +3,11 @@
 //   out[i, h] = Σ_j softmax_j(scale · q[i, h]·k[j, h]) · v[j, h]
 //
 // q, k, v and out are matrices of packed rows, head h the columns 64h to 64h + 63; bases are 16-byte
-// aligned, row strides multiples of 8 elements. A tile is up to kQueries consecutive rows of q and
-// out together with a list of ranges of rows of k and v: the keys that all of its queries see. A
-// range starts a new tile of keys, so only the last one of each range is masked. Row numbers and
-// tile_count · heads fit in int.
+// aligned, row strides multiples of 8 elements. A tile is kGroups groups of up to 64 consecutive rows
+// of q and out together with a list of ranges of rows of k and v. A range starts a new tile of keys, so
+// only the last one of each range is masked. Each group sees a number of key tiles from the first on,
+// whole ranges: short frames that follow each other, of which each sees what the one before sees and
+// more, share a tile. Row numbers and tile_count · heads fit in int.
 //
 // Precision: bf16 in and out; scores, softmax and sums in f32; the unnormalised probabilities are
 // rounded to bf16 for the product with v, their row sum is taken before that rounding.
@@ -14,7 +15,7 @@
 // its ranges have no influence, whatever they hold. Tiles without any key are skipped.
 //
 // Host: tensor maps of q, k, v are two-dimensional (columns, rows), 128-byte swizzle, zeros outside,
-// boxes of 64 columns by kQueries rows (q) or kKeys rows (k and v). Launch: kThreads threads,
+// boxes of 64 columns by 64 rows (q) or kKeys rows (k and v). Launch: kThreads threads,
 // kSharedBytes of dynamic shared memory, any number G of blocks in x. Block b takes the work items b,
 // b + G, b + 2G, …, item i being head i % heads of tile i / heads: with G = the number of
 // multiprocessors the loads of an item overlap the end of the one before, and with the tiles of most
@@ -51,10 +52,21 @@ static_assert(128 * (kGroups * kComputingRegisters + kLoadingRegisters) <= 65536
 // The running maximum may lag behind by this much (in powers of two) before sums are rescaled.
 constexpr float kLag = 8.0f;
 
+struct AttentionSm90Tile {
+    // Of each group the first row, how many rows, and the key tiles that it sees; all 0 without rows.
+    int query[kGroups];
+    int queries[kGroups];
+    int key_tiles[kGroups];
+    int first_range;
+    int ranges;
+    int pad;
+};
+static_assert(sizeof(AttentionSm90Tile) == 48, "as on the host");
+
 struct AttentionSm90Params {
     TensorMap q, k, v;
     bf16* out;
-    const AttentionTile* tiles;
+    const AttentionSm90Tile* tiles;
     const KeyRange* ranges;
     int64_t ldo;
     float scale;
@@ -65,8 +77,9 @@ struct AttentionSm90Params {
 static_assert(sizeof(AttentionSm90Params) == 448, "as on the host");
 
 struct Work {
-    int query, queries, head;
-    int key_tiles;  // 0: no work is left
+    int query[kGroups], queries[kGroups], key_tiles[kGroups];
+    int head;
+    int all_key_tiles;  // 0: no work is left
 };
 
 // Shared memory. The tiles come first: their swizzle pattern repeats every 1024 bytes.
@@ -81,8 +94,9 @@ struct Shared {
     int keys[kStages];  // of the key tile in this stage, those that are seen
 };
 constexpr int kTileBytes = kKeys * kRowBytes;
+constexpr int kGroupBytes = 64 * kRowBytes;
 constexpr int kSharedBytes = sizeof(Shared) + 1024;  // its start is aligned by hand
-static_assert(kSharedBytes == 214264, "as on the host; a block may have 232448");
+static_assert(kSharedBytes == 214320, "as on the host; a block may have 232448");
 
 // A stage of the ring and the parity its barriers are waited for with.
 struct Stage {
@@ -112,17 +126,32 @@ __device__ __forceinline__ void load_work(const AttentionSm90Params& p, Shared& 
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
         const int rank = item / p.heads;
         const int head = item - rank * p.heads;
-        const AttentionTile& tile = p.tiles[rank];
+        const AttentionSm90Tile& tile = p.tiles[rank];
         const KeyRange* ranges = p.ranges + tile.first_range;
         int key_tiles = 0;
         for (int r = 0; r < tile.ranges; ++r) key_tiles += (ranges[r].count + kKeys - 1) / kKeys;
         if (key_tiles == 0) continue;
 
         barrier_wait(barrier_of(shared.q_empty, buffer), buffer_parity);
-        shared.work[buffer] = {tile.query, tile.queries, head, key_tiles};
+        Work& work = shared.work[buffer];
+        int groups = 0;
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+            work.query[g] = tile.query[g];
+            work.queries[g] = tile.queries[g];
+            work.key_tiles[g] = tile.key_tiles[g];
+            groups += tile.queries[g] > 0;
+        }
+        work.head = head;
+        work.all_key_tiles = key_tiles;
         const uint32_t q_full = barrier_of(shared.q_full, buffer);
-        barrier_expect(q_full, sizeof(shared.q[0]));
-        copy_box_2d(shared_address(shared.q[buffer]), &p.q, q_full, head * kHead, tile.query);
+        barrier_expect(q_full, groups * kGroupBytes);
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+            if (tile.queries[g] == 0) continue;
+            copy_box_2d(shared_address(shared.q[buffer]) + g * kGroupBytes, &p.q, q_full, head * kHead,
+                        tile.query[g]);
+        }
         buffer ^= 1;
         buffer_parity ^= buffer == 0;
 
@@ -144,7 +173,7 @@ __device__ __forceinline__ void load_work(const AttentionSm90Params& p, Shared& 
         }
     }
     barrier_wait(barrier_of(shared.q_empty, buffer), buffer_parity);
-    shared.work[buffer].key_tiles = 0;
+    shared.work[buffer].all_key_tiles = 0;
     barrier_arrive(barrier_of(shared.q_full, buffer));
 }
 
@@ -286,17 +315,22 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
     }
 }
 
+// What one warpgroup answers; the loading warp may write down new work meanwhile.
+struct Share {
+    int query, queries, head, key_tiles;
+};
+
 // A quad holds two adjacent columns per thread of each 8; exchanged, each thread has 8 to itself and
 // the stores are 16 bytes wide.
-__device__ __forceinline__ void store_output(const AttentionSm90Params& p, const Work& work, int group,
+__device__ __forceinline__ void store_output(const AttentionSm90Params& p, const Share& share,
                                              const float (&o)[kHead / 2], const float (&sum)[2]) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float inverse = 1.0f / quad_sum(sum[r]);
-        const int row = 64 * group + 16 * warp + lane / 4 + 8 * r;
-        bf16* out = p.out + (static_cast<int64_t>(work.query) + row) * p.ldo + work.head * kHead;
+        const int row = 16 * warp + lane / 4 + 8 * r;
+        bf16* out = p.out + (static_cast<int64_t>(share.query) + row) * p.ldo + share.head * kHead;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             uint32_t words[4];
@@ -306,7 +340,7 @@ __device__ __forceinline__ void store_output(const AttentionSm90Params& p, const
                 words[j] = pack_bf16(o[at] * inverse, o[at + 1] * inverse);
             }
             transpose_quad(words);
-            if (row < work.queries) {
+            if (row < share.queries) {
                 *reinterpret_cast<uint4*>(out + 32 * half + 8 * (lane % 4)) =
                     make_uint4(words[0], words[1], words[2], words[3]);
             }
@@ -314,9 +348,10 @@ __device__ __forceinline__ void store_output(const AttentionSm90Params& p, const
     }
 }
 
-// A warpgroup without queries in this tile only keeps the ring and the turns going.
-__device__ __forceinline__ void pass_over(Shared& shared, const Work& work, Stage& stage, int group) {
-    for (int t = 0; t < work.key_tiles; ++t) {
+// From key tile `first` on a warpgroup has no queries that see them: it only keeps the ring and the
+// turns going.
+__device__ __forceinline__ void pass_over(Shared& shared, int first, int key_tiles, Stage& stage, int group) {
+    for (int t = first; t < key_tiles; ++t) {
         barrier_wait(barrier_of(shared.k_full, stage.index), stage.parity);
         release(barrier_of(shared.k_empty, stage.index));
         if (t > 0) {
@@ -329,7 +364,7 @@ __device__ __forceinline__ void pass_over(Shared& shared, const Work& work, Stag
     }
 }
 
-__device__ __forceinline__ void attend(const AttentionSm90Params& p, Shared& shared, const Work& work,
+__device__ __forceinline__ void attend(const AttentionSm90Params& p, Shared& shared, const Share& share,
                                        Stage& stage, uint32_t q_tile, uint32_t q_empty, int group) {
     const uint64_t q = descriptor::k_major(q_tile);
     const uint32_t k_tiles = shared_address(shared.k[0]);
@@ -357,7 +392,7 @@ __device__ __forceinline__ void attend(const AttentionSm90Params& p, Shared& sha
     pack_probabilities(probabilities, s);
     barrier_wait(barrier_of(shared.v_full, stage.index), stage.parity);
 
-    for (int t = 1; t < work.key_tiles; ++t) {
+    for (int t = 1; t < share.key_tiles; ++t) {
         const Stage previous = stage;
         stage.advance();
         barrier_wait(barrier_of(shared.k_full, stage.index), stage.parity);
@@ -402,7 +437,7 @@ __device__ __forceinline__ void attend(const AttentionSm90Params& p, Shared& sha
     wgmma_pin(o);
     release(barrier_of(shared.v_empty, stage.index));
     stage.advance();
-    store_output(p, work, group, o, softmax.sum);
+    store_output(p, share, o, softmax.sum);
 }
 
 __device__ __forceinline__ void compute(const AttentionSm90Params& p, Shared& shared, int group) {
@@ -412,19 +447,20 @@ __device__ __forceinline__ void compute(const AttentionSm90Params& p, Shared& sh
     if (group == kGroups - 1) pass_turn(group);
     while (true) {
         barrier_wait(barrier_of(shared.q_full, buffer), buffer_parity);
-        Work work = shared.work[buffer];
-        work.key_tiles = warp_uniform(work.key_tiles);
-        work.queries = warp_uniform(work.queries);
-        if (work.key_tiles == 0) break;
+        const Work& work = shared.work[buffer];
+        const int all_key_tiles = warp_uniform(work.all_key_tiles);
+        if (all_key_tiles == 0) break;
+        const Share share = {warp_uniform(work.query[group]), warp_uniform(work.queries[group]), work.head,
+                             warp_uniform(work.key_tiles[group])};
         const uint32_t q_empty = barrier_of(shared.q_empty, buffer);
-        if (64 * group < work.queries) {
-            const uint32_t q_tile = shared_address(shared.q[buffer]) + 64 * kRowBytes * group;
-            attend(p, shared, work, stage, q_tile, q_empty, group);
+        if (share.key_tiles > 0) {
+            const uint32_t q_tile = shared_address(shared.q[buffer]) + kGroupBytes * group;
+            attend(p, shared, share, stage, q_tile, q_empty, group);
         } else {
             __syncwarp();
             release(q_empty);
-            pass_over(shared, work, stage, group);
         }
+        pass_over(shared, share.key_tiles, all_key_tiles, stage, group);
         buffer ^= 1;
         buffer_parity ^= buffer == 0;
     }

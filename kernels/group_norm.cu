@@ -16,7 +16,7 @@
 //            A frame is cut into `chunks` = ceil(pixels / chunk_pixels) runs of pixels, none empty.
 //            With T = max(1, 256 / (channels / 8)), 8·T pixels give each thread of a block one
 //            batch; chunk_pixels is best 8·T times
-//            clamp(2 · ceil(pixels / (8·T)) / (16 · multiprocessors), 1, 16).
+//            clamp(2 · ceil(pixels / (8·T)) / (8 · multiprocessors), 1, 16).
 // Workspace  8 · frames · groups · (chunks + 1) bytes, aligned to 8: pairs (mean about the pivot,
 //            centred squares) [frames, groups, chunks], then pairs (mean, 1/deviation)
 //            [frames, groups].

@@ -285,7 +285,7 @@ def gemm_table(results):
         other = theirs.get(row["case"])
         if row["op"] != "linear" or other is None or "gated" in row["case"]:
             continue  # the library has no gate
-        rows.append([row["case"].removeprefix("linear/"), f"{row['median_seconds'] * 1e6:.0f} µs",
+        rows.append([row["case"].removeprefix("linear/").replace("|", " and "), f"{row['median_seconds'] * 1e6:.0f} µs",
                      f"{other['median_seconds'] * 1e6:.0f} µs", f"{row['flops'] / row['median_seconds'] / 1e12:.0f}",
                      f"{other['median_seconds'] / row['median_seconds']:.2f}"])
     return table(["layer", "own", "cuBLASLt", "own TFLOP/s", "own rate to cuBLASLt's"], rows)

@@ -381,36 +381,37 @@ fn bench() -> Vec<Case> {
     let gelu = Kind::Activate(Activation::GeluTanh);
     let gated = Kind::Gated { runs: 6 };
     for m in [480, 2000, 8000, 20000] {
+        // Text beside image, in the joint blocks of sd3 and of miniflux.
         for d in [1536, 1920] {
-            cases.push(linear(Kind::Store, m, &[d, d, d], d).case());
-            cases.push(linear(gated, m, &[d], d).case());
-            cases.push(linear(gelu, m, &[4 * d], d).case());
-            cases.push(linear(gated, m, &[d], 4 * d).case());
+            for (kind, n, k) in [
+                (Kind::Store, vec![d, d, d], d),
+                (gated, vec![d], d),
+                (gelu, vec![4 * d], d),
+                (gated, vec![d], 4 * d),
+            ] {
+                cases.push(side_by_side(&[97, m].map(|m| linear(kind, m, &n, k))));
+            }
         }
-        // miniflux's single blocks: keys and values, and attention and hidden state joined.
-        cases.push(linear(Kind::Store, m, &[1920, 1920], 1920).case());
+        // miniflux's single blocks: queries beside keys and values, the hidden state, and it joined
+        // with what attention gives.
+        let store = |n: &[usize]| linear(Kind::Store, m, n, 1920);
+        cases.push(side_by_side(&[store(&[1920]), store(&[1920, 1920])]));
         cases.push(linear(gelu, m, &[4 * 1920], 1920).strided(false, true).case());
         cases.push(linear(gated, m, &[1920], 5 * 1920).case());
     }
-    // Text beside image, at the first stage of 384p.
-    for d in [1536, 1920] {
-        for (kind, n, k) in [
-            (Kind::Store, vec![d, d, d], d),
-            (gated, vec![d], d),
-            (gelu, vec![4 * d], d),
-            (gated, vec![d], 4 * d),
-        ] {
-            cases.push(side_by_side(&[97, 1850].map(|m| linear(kind, m, &n, k))));
-        }
-    }
+    // Products alone, for rates.
+    cases.push(linear(Kind::Store, 20000, &[1536, 1536, 1536], 1536).case());
+    cases.push(linear(gelu, 20000, &[6144], 1536).case());
+    cases.push(linear(gated, 20000, &[1536], 6144).case());
     // The T5 encoder, the modulation tables, the ends of the transformers.
     let t5 = |kind, n: &[usize], k| linear(kind, 128, n, k).without_bias().case();
     cases.push(t5(Kind::Store, &[4096, 4096, 4096], 4096));
     cases.push(t5(Kind::Store, &[10240, 10240], 4096));
     cases.push(t5(Kind::Accumulate, &[4096], 10240));
     cases.push(linear(Kind::Store, 120, &[9216], 1536).into_f32().case());
-    cases.push(linear(Kind::Store, 140, &[1536], 4096).case());
-    cases.push(Linear { patches: true, ..linear(Kind::Store, 3840, &[1536], 64) }.case());
+    let patches = Linear { patches: true, ..linear(Kind::Store, 3840, &[1536], 64) };
+    cases.push(side_by_side(&[linear(Kind::Store, 97, &[1536], 4096), patches.clone()]));
+    cases.push(side_by_side(&[patches.clone(), patches]));
     cases.push(linear(Kind::Store, 7680, &[64], 1536).case());
     cases.push(linear(Kind::Accumulate, 30720, &[512], 512).case());
     // CLIP's activations.

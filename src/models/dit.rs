@@ -345,6 +345,7 @@ pub(super) struct Step<'a> {
     pub eps_qk: f32,
     pub modulation: TensorId,
     pub rope: TensorId,
+    pub text: TensorId,
 }
 
 /// Epsilon of the layer norms.
@@ -438,9 +439,9 @@ impl Step<'_> {
         self.g.push_into(Op::Attention(spec), &[q, k, v], place)
     }
 
-    /// Declares the inputs `clip{i}` and `current`, embeds their patches with the layer
-    /// `name` into the image rows of `x`, and returns the current latent.
-    pub fn embed_latents(
+    /// Embeds the text into its rows of `x`; declares the inputs `clip{i}` and `current`, embeds
+    /// their patches with the layer `name` into the image rows, and returns the current latent.
+    pub fn embed(
         &mut self,
         name: &str,
         x: TensorId,
@@ -452,6 +453,7 @@ impl Step<'_> {
         let copies = if self.geometry.separate_latents { samples } else { 1 };
         let weight = self.g.weight(&format!("{name}.weight"), weight_shape);
         let bias = self.g.weight(&format!("{name}.bias"), &[self.d]);
+        self.g.scope(name);
         let mut current = None;
         let mut patches = Vec::new();
         let clips = || self.geometry.history.iter().chain([&self.geometry.current]);
@@ -464,8 +466,14 @@ impl Step<'_> {
             let dtype = self.g.tensor(x).dtype;
             patches.push(self.g.push_as(Op::Patchify { channels_first }, &[latent], dtype)?);
         }
+        self.g.scope("context_embedder");
+        let text_dim = self.g.tensor(self.text).cols();
+        let parts = vec![self.g.linear_weights("context_embedder", self.d, text_dim)];
+        let place = self.g.rows(x, self.geometry.text_rows());
+        self.g.push_into(Op::Linear { parts, epilogue: Epilogue::Store }, &[self.text], place)?;
+        self.g.scope(name);
         let mut first = 0;
-        let count = samples * patches.len();
+        let count = 1 + samples * patches.len();
         for (clip, patches) in clips().zip(patches) {
             for sample in 0..samples {
                 let of = if self.geometry.separate_latents { sample } else { 0 };

@@ -46,10 +46,9 @@ pub fn record_step(
     let (d, text_dim) = (config.width(), config.text_dim);
     let rope = rotary_table(geometry, config.rope_axes);
     let setup = Setup { d, text_dim, eps_qk: QK_EPS, rope };
-    let (mut step, x, streams) = start(setup, geometry, &layout, dtype)?;
-    step.g.scope("x_embedder");
+    let (mut step, x, streams) = start(setup, geometry, &layout, dtype);
     let patch = config.in_channels;
-    let current = step.embed_latents("x_embedder", x, patch / 4, false, &[d, patch])?;
+    let current = step.embed("x_embedder", x, patch / 4, false, &[d, patch])?;
 
     for i in 0..config.layers {
         let name = format!("transformer_blocks.{i}");

@@ -1,11 +1,10 @@
 //! Blocks in which text and image have weights of their own and attend to each other: all of
 //! the sd3 transformer and the first blocks of miniflux (MMDiT, arXiv 2403.03206).
 
-use super::Record;
 use super::dit::{AdaNorm, Geometry, HEAD_SIZE, ModulationLayout, Step, Stream};
 use super::positions::span;
 use crate::Result;
-use crate::graph::{Epilogue, Graph, Op, TensorId};
+use crate::graph::{Graph, TensorId};
 use crate::tensor::DType;
 
 /// What the two transformers differ in before their first block.
@@ -20,14 +19,14 @@ pub(super) struct Setup {
     pub rope: Vec<f32>,
 }
 
-/// Declares the inputs `text` and `modulation` and embeds the text. Returns the packed rows
-/// and their two streams, text and image; the image rows are still to be written.
+/// Declares the inputs `text` and `modulation`. Returns the packed rows, which are still to be
+/// written ([`Step::embed`]), and their two streams, text and image.
 pub(super) fn start<'a>(
     setup: Setup,
     geometry: &'a Geometry,
     layout: &'a ModulationLayout,
     dtype: DType,
-) -> Result<(Step<'a>, TensorId, [Stream; 2])> {
+) -> (Step<'a>, TensorId, [Stream; 2]) {
     let Setup { d, text_dim, eps_qk, rope } = setup;
     let mut g = Graph::new();
     let text = g.input("text", &[geometry.text_rows().len(), text_dim], dtype);
@@ -38,10 +37,7 @@ pub(super) fn start<'a>(
         Stream { x: g.rows(x, geometry.text_rows()), groups: geometry.groups_of_text() },
         Stream { x: g.rows(x, geometry.image_rows()), groups: geometry.groups_of_image() },
     ];
-    g.scope("context_embedder");
-    let parts = vec![g.linear_weights("context_embedder", d, text_dim)];
-    g.push_into(Op::Linear { parts, epilogue: Epilogue::Store }, &[text], streams[0].x)?;
-    Ok((Step { g, geometry, layout, d, eps_qk, modulation, rope }, x, streams))
+    (Step { g, geometry, layout, d, eps_qk, modulation, rope, text }, x, streams)
 }
 
 /// Records `record` as a block of the step's graph.

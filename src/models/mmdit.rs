@@ -43,11 +43,11 @@ pub fn record_step(
     let layout = modulation_layout(config);
     let (d, text_dim) = (config.width(), config.text_dim);
     let setup = Setup { d, text_dim, eps_qk: QK_EPS, rope: rotary_table(geometry) };
-    let (mut step, x, streams) = start(setup, geometry, &layout, dtype)?;
-    step.g.scope("pos_embed");
+    let (mut step, x, streams) = start(setup, geometry, &layout, dtype);
     let channels = config.in_channels;
     let patch = [d, channels, 2, 2];
-    let current = step.embed_latents("pos_embed.proj", x, channels, true, &patch)?;
+    let current = step.embed("pos_embed.proj", x, channels, true, &patch)?;
+    step.g.scope("pos_embed");
     add_positions(&mut step, config, x)?;
 
     for i in 0..config.layers {

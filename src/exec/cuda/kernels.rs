@@ -78,7 +78,7 @@ const FILES: &[File] = &[
         ],
     },
     File { name: "attention_wide", entries: &[("attention_wide", 256, 99_072)] },
-    File { name: "attention_sm90", entries: &[("attention_sm90_64", 512, 214_264)] },
+    File { name: "attention_sm90", entries: &[("attention_sm90_64", 512, 214_320)] },
     File {
         name: "gemm",
         entries: &[
@@ -194,5 +194,34 @@ pub(super) fn blocks(items: usize, per_block: usize) -> Result<u32> {
     match i32::try_from(count) {
         Ok(count) => Ok(count as u32),
         Err(_) => Err(Error::device(format!("{items} items are too many for one launch"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    /// A kernel that starts early and does not wait would read what is not there yet, and no test
+    /// of results finds that every time.
+    #[test]
+    fn every_kernel_waits_for_the_one_before_it() {
+        const CALL: &str = "after_predecessor();";
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+        let main_loop = fs::read_to_string(folder.join("lib/gemm_sm90.cuh")).expect("its source");
+        // The producer and the consumers.
+        assert_eq!(main_loop.matches(CALL).count(), 2);
+        for file in super::FILES {
+            let path = folder.join(file.name).with_extension("cu");
+            let source = fs::read_to_string(&path).expect("its source");
+            if source.contains("multiply_tiles<") {
+                continue;
+            }
+            let bodies: Vec<&str> = source.split("__global__").skip(1).collect();
+            assert_eq!(bodies.len(), file.entries.len(), "entry points of {}", file.name);
+            for body in bodies {
+                assert!(body.contains(CALL), "{}: {}", file.name, &body[..80]);
+            }
+        }
     }
 }

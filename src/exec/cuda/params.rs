@@ -323,6 +323,21 @@ pub(super) struct AttentionTile {
     pub pad: [i32; 2],
 }
 
+/// Groups of queries of `kernels/attention_sm90.cu` that share loads of keys and values.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable, Debug, PartialEq)]
+pub(super) struct AttentionSm90Tile {
+    /// First row of each group.
+    pub query: [i32; 3],
+    pub queries: [i32; 3],
+    /// Key tiles from the first on that each group sees.
+    pub key_tiles: [i32; 3],
+    /// The key ranges: `ranges` of them from index `first_range` on.
+    pub first_range: i32,
+    pub ranges: i32,
+    pub pad: i32,
+}
+
 /// Consecutive rows of keys and values.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable, Debug, PartialEq)]
@@ -470,6 +485,7 @@ sizes! {
     HeadNormRope = 64,
     GroupNorm = 80,
     AttentionTile = 32,
+    AttentionSm90Tile = 48,
     KeyRange = 8,
     Attention = 112,
     AttentionSm90 = 448,

@@ -273,11 +273,11 @@ impl Session for CudaSession {
         self.weights.load(&graph, &self.residency, &self.context, &self.kernels, &mut uploader)?;
         let plan = Plan::staged(&graph, DType::bytes, &self.residency);
         let own = self.allocate(&graph, &plan, &mut uploader)?;
-        let schedule = Schedule::new(&graph, &plan, &self.residency, &self.context)?;
-        self.traffic.reserve(&schedule)?;
         let tables =
             Tables::new(&graph, &self.kernels, &self.weights, &self.context, &mut uploader)?;
         drop(uploader);
+        let schedule = Schedule::new(&graph, &plan, &self.residency, &self.context)?;
+        self.traffic.reserve(&schedule)?;
         let scratch = ops::scratch_bytes(&graph, &self.kernels, self.cublaslt.is_some());
         self.reserve(plan.arena_bytes().max(self.residency.arena()), scratch)?;
         let (steps, made_for) = (Vec::new(), self.bases());

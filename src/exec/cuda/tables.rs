@@ -1,6 +1,8 @@
 //! Small tables that attention kernels read: which queries see which keys, and T5's bias
 //! expanded to one value per head and distance.
 
+pub(super) mod groups;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -87,7 +89,16 @@ fn append(
     spec: &AttentionSpec,
     variant: Variant,
 ) -> Result<AttentionTables> {
-    let (tiles, ranges) = tiles(&spec.segments, variant.queries());
+    let (tiles, tile_count, ranges) = match variant {
+        Variant::Hopper => {
+            let (tiles, ranges) = groups::tiles(&spec.segments);
+            (bytemuck::cast_slice(&tiles).to_vec(), tiles.len(), ranges)
+        }
+        _ => {
+            let (tiles, ranges) = tiles(&spec.segments, variant.queries());
+            (bytemuck::cast_slice(&tiles).to_vec(), tiles.len(), ranges)
+        }
+    };
     let (bias, bias_span) = match spec.relative_bias {
         Some(relative) => {
             let view = weights.host(&graph.weights()[relative.table.index()].name)?;
@@ -107,8 +118,8 @@ fn append(
     };
     Ok(AttentionTables {
         variant,
-        tiles: push(bytemuck::cast_slice(&tiles)),
-        tile_count: tiles.len(),
+        tiles: push(&tiles),
+        tile_count,
         ranges: push(bytemuck::cast_slice(&ranges)),
         bias: if bias.is_empty() { 0 } else { push(bytemuck::cast_slice(&bias)) },
         bias_span,

@@ -2,13 +2,11 @@
 
 use super::{Prepare, int};
 use crate::exec::cuda::kernels::{Kernels, blocks};
+use crate::exec::cuda::tables::groups;
 use crate::exec::cuda::{params, tensor_map};
 use crate::graph::AttentionSpec;
 use crate::tensor::DType;
 use crate::{Error, Result};
-
-/// Keys of a tile of the kernel for sm_90.
-const HOPPER_KEYS: usize = 128;
 
 /// Which kernel computes an attention node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -42,10 +40,10 @@ impl Variant {
         }
     }
 
-    /// Queries of one block.
+    /// Queries of one block; of a group of them where it takes several.
     pub fn queries(self) -> usize {
         match self {
-            Variant::Hopper => 192,
+            Variant::Hopper => groups::QUERIES,
             Variant::Heads64 => 128,
             Variant::Masked64 | Variant::Masked16 => 64,
             Variant::Wide => 64,
@@ -77,9 +75,9 @@ pub(super) fn attention(p: &mut Prepare<'_>, spec: &AttentionSpec) -> Result<()>
     let kernel = tables.variant.kernel();
     if tables.variant == Variant::Hopper {
         let parameters = params::AttentionSm90 {
-            q: tensor_map::matrix(q, tables.variant.queries())?,
-            k: tensor_map::matrix(k, HOPPER_KEYS)?,
-            v: tensor_map::matrix(v, HOPPER_KEYS)?,
+            q: tensor_map::matrix(q, groups::QUERIES)?,
+            k: tensor_map::matrix(k, groups::KEYS)?,
+            v: tensor_map::matrix(v, groups::KEYS)?,
             out: out.address,
             tiles: tables.tiles,
             ranges: tables.ranges,

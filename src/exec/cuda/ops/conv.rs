@@ -101,10 +101,10 @@ fn launch_hopper(p: &mut Prepare<'_>, conv: &params::Conv) -> Result<()> {
     let box_width = |rows| best_box_width(rows, [stride_y, stride_x], |w| boxes(rows, w));
     let units = |tile: &Tile| {
         let boxes = boxes(tile.rows, box_width(tile.rows)).div_ceil(tile.cluster);
-        frames * boxes * cout.div_ceil(tile.columns)
+        vec![(frames * boxes * cout.div_ceil(tile.columns), depth)]
     };
     let multiprocessors = p.kernels.multiprocessors as usize;
-    let (tile, grid) = hopper::cheapest(HOPPER_TILES.iter(), multiprocessors, depth, units)?;
+    let (tile, grid) = hopper::cheapest(HOPPER_TILES.iter(), multiprocessors, units)?;
     let box_width = box_width(tile.rows);
     let video = |address, frames| {
         let [_, height, width, channels] = input;

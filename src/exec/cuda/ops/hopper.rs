@@ -36,29 +36,36 @@ impl Tile {
     /// Inner dimension of one step of the main loop.
     const DEPTH: usize = 64;
 
-    /// Nanoseconds of `tiles` tiles, one after another, over an inner dimension of `depth`. Tiles
-    /// taken in turn hide their ends, as far as they are not longer than two consumers can hide.
-    fn nanoseconds(&self, tiles: usize, depth: usize) -> usize {
-        let main = depth.div_ceil(Self::DEPTH) * self.step;
+    /// Nanoseconds of `tiles` tiles, one after another, whose inner dimensions sum up to `steps`
+    /// steps. Tiles taken in turn hide their ends, as far as they are not longer than two
+    /// consumers can hide.
+    fn nanoseconds(&self, tiles: usize, steps: usize) -> usize {
+        let main = steps * self.step;
         let tiles_take = match self.in_turn {
-            true => tiles * main.max(self.end / 4) + self.end,
-            false => tiles * (main + self.end),
+            true => main.max(tiles * self.end / 4) + self.end,
+            false => main + tiles * self.end,
         };
         self.start + tiles_take
     }
 }
 
 /// The tile that finishes first, and the grid of blocks that stay and take one tile after
-/// another. `units` counts tiles (pairs of tiles for a cluster of 2).
+/// another. `units` gives for each product the number of its tiles (pairs of tiles for a cluster
+/// of 2) and its inner dimension.
 pub(super) fn cheapest<'a>(
     tiles: impl Iterator<Item = &'a Tile>,
     multiprocessors: usize,
-    depth: usize,
-    units: impl Fn(&Tile) -> usize,
+    units: impl Fn(&Tile) -> Vec<(usize, usize)>,
 ) -> Result<(&'a Tile, [u32; 3])> {
     let clusters = |tile: &Tile| multiprocessors / tile.cluster;
-    let cost = |tile: &&Tile| tile.nanoseconds(units(tile).div_ceil(clusters(tile)), depth);
+    let count = |tile: &Tile| units(tile).iter().map(|(count, _)| count).sum::<usize>();
+    let cost = |tile: &&Tile| {
+        let rounds = count(tile).div_ceil(clusters(tile));
+        let steps = |(count, depth): &(usize, usize)| count * depth.div_ceil(Tile::DEPTH);
+        let all: usize = units(tile).iter().map(steps).sum();
+        tile.nanoseconds(rounds, (rounds * all).div_ceil(count(tile).max(1)))
+    };
     let tile = tiles.min_by_key(cost).ok_or_else(|| Error::device("no tile fits the product"))?;
-    let count = units(tile).min(clusters(tile)) * tile.cluster;
-    Ok((tile, [blocks(count, 1)?, 1, 1]))
+    let blocks_that_stay = count(tile).min(clusters(tile)) * tile.cluster;
+    Ok((tile, [blocks(blocks_that_stay, 1)?, 1, 1]))
 }

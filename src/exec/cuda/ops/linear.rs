@@ -168,10 +168,9 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
     let units = |t: &Tile, layer: &Layer| {
         layer.x.rows.div_ceil(t.rows * t.cluster) * layer.out.cols.div_ceil(t.columns)
     };
-    let all = |t: &Tile| layers.iter().map(|layer| units(t, layer)).sum();
-    let depth = layers.iter().map(|layer| layer.x.cols).max().unwrap_or(0);
+    let all = |t: &Tile| layers.iter().map(|layer| (units(t, layer), layer.x.cols)).collect();
     let multiprocessors = p.kernels.multiprocessors as usize;
-    let (tile, grid) = hopper::cheapest(tiles.iter(), multiprocessors, depth, all)?;
+    let (tile, grid) = hopper::cheapest(tiles.iter(), multiprocessors, all)?;
     let problem = |layer: &Layer| {
         let &Layer { gemm, x, out } = layer;
         let (rows, cols) = (out.cols, x.cols);

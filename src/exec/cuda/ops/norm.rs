@@ -161,14 +161,14 @@ struct Chunks {
 }
 
 impl Chunks {
-    /// What `kernels/group_norm.cu` recommends: whole batches of its threads, about 16
+    /// What `kernels/group_norm.cu` recommends: whole batches of its threads, about 8
     /// blocks to a multiprocessor for two frames. How many frames there are must not matter,
     /// so that a frame's statistics are the same to the bit whichever come with it.
     fn of(shape: &[usize], multiprocessors: u32) -> Chunks {
         let &[frames, height, width, channels] = shape else { unreachable!("4-D by shape") };
         let pixels = height * width;
         let batch = 8 * (256 / channels.div_ceil(8)).max(1);
-        let batches = 2 * pixels.div_ceil(batch) / (16 * multiprocessors as usize);
+        let batches = 2 * pixels.div_ceil(batch) / (8 * multiprocessors as usize);
         let chunk_pixels = batch * batches.clamp(1, 16);
         Chunks { frames, pixels, chunks: pixels.div_ceil(chunk_pixels), chunk_pixels }
     }
