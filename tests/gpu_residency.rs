@@ -11,21 +11,37 @@ use std::sync::Arc;
 use common::golden::Golden;
 use common::goldens;
 use common::networks::{Comparison, transformer_calls, vae_calls};
-use common::runs::{checkpoint, encoded, open_on, repeat, shown};
+use common::runs::{checkpoint, encoded, open_on, repeat, shown, with_settings};
 use pyraflow::Result;
 use pyraflow::exec::cuda::probe;
-use pyraflow::exec::{Backend, Cuda, HostRoom, Session};
+use pyraflow::exec::{Backend, Cuda, HostRoom, ImaginedGpu, Session};
 use pyraflow::graph::{Ahead, Graph, Home, Plan, Residency};
+use pyraflow::media::Fit;
 use pyraflow::models::vae::{Window, record_decoder, record_encoder};
+use pyraflow::pipeline::{FirstImage, Networks, Request, plan};
 use pyraflow::tensor::{DType, WeightSource};
 
-/// A GPU on which nothing stays, whatever it is asked for.
-struct Streaming {
+/// A GPU with other ideas of what stays, or with less memory, than it is asked for.
+struct Restricted {
     gpu: Cuda,
-    residency: Residency,
+    /// What stays, whatever is asked for.
+    residency: Option<Residency>,
+    /// What is said to be free.
+    memory: Option<u64>,
 }
 
-impl Backend for Streaming {
+impl Restricted {
+    fn staying(gpu: &Cuda, residency: &Residency) -> Box<dyn Backend> {
+        let (gpu, residency) = (gpu.clone(), Some(residency.clone()));
+        Box::new(Restricted { gpu, residency, memory: None })
+    }
+
+    fn within(gpu: &Cuda, memory: u64) -> Box<dyn Backend> {
+        Box::new(Restricted { gpu: gpu.clone(), residency: None, memory: Some(memory) })
+    }
+}
+
+impl Backend for Restricted {
     fn name(&self) -> &'static str {
         self.gpu.name()
     }
@@ -38,20 +54,24 @@ impl Backend for Streaming {
         self.gpu.activations()
     }
 
-    fn plan(&self, graph: &Graph, _: &Residency) -> Plan {
-        self.gpu.plan(graph, &self.residency)
+    fn plan(&self, graph: &Graph, asked: &Residency) -> Plan {
+        self.gpu.plan(graph, self.residency.as_ref().unwrap_or(asked))
     }
 
     fn free_memory(&self) -> Option<u64> {
-        self.gpu.free_memory()
+        self.memory.or_else(|| self.gpu.free_memory())
     }
 
     fn copies_weights(&self) -> bool {
         true
     }
 
-    fn open_with(&self, weights: Arc<dyn WeightSource>, _: &Residency) -> Result<Box<dyn Session>> {
-        self.gpu.open_with(weights, &self.residency)
+    fn open_with(
+        &self,
+        weights: Arc<dyn WeightSource>,
+        asked: &Residency,
+    ) -> Result<Box<dyn Session>> {
+        self.gpu.open_with(weights, self.residency.as_ref().unwrap_or(asked))
     }
 }
 
@@ -113,9 +133,7 @@ fn same_bits(calls: impl Fn(Make<'_>) -> Vec<Comparison>) {
     let expected = as_usual(&gpu, &calls);
     for ahead in AHEAD {
         let residency = Residency::nothing_stays(Home::Host, ahead);
-        let make = || -> Box<dyn Backend> {
-            Box::new(Streaming { gpu: gpu.clone(), residency: residency.clone() })
-        };
+        let make = || Restricted::staying(&gpu, &residency);
         compare(&expected, &calls, &make, &format!("{ahead:?}"));
     }
 }
@@ -187,9 +205,7 @@ fn same_bits_from_the_file(calls: impl Fn(Make<'_>) -> Vec<Comparison>) {
             [(slot, all, "all"), (slot, half_in_file(names.clone(), ahead), "half")]
         }) {
             let gpu = with_scratch(&gpu, slot);
-            let make = || -> Box<dyn Backend> {
-                Box::new(Streaming { gpu: gpu.clone(), residency: residency.clone() })
-            };
+            let make = || Restricted::staying(&gpu, &residency);
             let how = format!("{share} in the file by {slot} bytes, {ahead:?}");
             compare(&expected, &calls, &make, &how);
         }
@@ -254,4 +270,49 @@ fn text_encoders() {
         });
         calls.collect()
     });
+}
+
+/// A run of the built-in model that is recorded beside the goldens.
+fn demo_golden(name: &str) -> Golden {
+    let path = goldens().with_file_name("goldens-demo").join(format!("{name}.safetensors"));
+    Golden::open(&path).unwrap_or_else(|| panic!("{} is missing", path.display()))
+}
+
+/// The latents and frames of the built-in model, from text alone and from an image.
+fn demo_runs(backend: Make<'_>) -> Vec<Comparison> {
+    let folder = pyraflow::demo::folder().expect("the built-in model");
+    let runs = ["t2v", "i2v"].into_iter().flat_map(|name| {
+        let golden = demo_golden(name);
+        let pipeline = open_on(&folder, golden.setting("variant"), backend());
+        let (latents, frames) = repeat(name, &golden, &pipeline);
+        [latents, shown(&format!("{name} frames"), &golden, &frames)]
+    });
+    runs.collect()
+}
+
+#[test]
+fn demo_model() {
+    same_bits(demo_runs);
+}
+
+/// Within as little memory as the run can be planned for, and a little more each time.
+#[test]
+fn demo_model_within_limits() {
+    let Some(gpu) = gpu() else { return };
+    let expected = as_usual(&gpu, &demo_runs);
+    let checkpoint = checkpoint(&pyraflow::demo::folder().expect("the built-in model"), None);
+    let networks = Networks::of(&checkpoint).expect("networks");
+    let least_of = |name: &str| {
+        let image = (name == "i2v").then(|| FirstImage { path: name.into(), fit: Fit::Crop });
+        let request = Request::new(&checkpoint, "a red circle moves left", image);
+        let request = with_settings(&demo_golden(name), request);
+        let smallest = ImaginedGpu { memory: 0, host: None };
+        let phases = plan(&networks, &request, &smallest, None).expect("a plan");
+        phases.iter().map(|phase| phase.device_bytes).max().expect("phases")
+    };
+    let least = least_of("t2v").max(least_of("i2v"));
+    for more in [0, 1, 2, 4, 8, 16, 1024] {
+        let make = || Restricted::within(&gpu, least + (more << 20));
+        compare(&expected, &demo_runs, &make, &format!("{more} MiB above the least"));
+    }
 }
