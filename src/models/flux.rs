@@ -1,7 +1,8 @@
 //! The miniflux transformer, `PyramidFluxTransformer`: joint blocks with separate weights
 //! for text and image, then single blocks over both, rotary positions in time and space.
 
-use super::dit::{AdaNorm, Clip, Geometry, HEAD_SIZE, ModulationLayout, Step, StepOutput, Stream};
+use super::adaptive_norm::{AdaNorm, ModulationLayout};
+use super::dit::{Clip, Geometry, HEAD_SIZE, Step, StepOutput, Stream};
 use super::joint::{Setup, StreamNames, begin_block, joint_block, start, stream_names};
 use super::positions::{interpolate, push_axis, span};
 use super::{ExpectedWeight, Record, collect_weights};

@@ -1,7 +1,8 @@
 //! Blocks in which text and image have weights of their own and attend to each other: all of
 //! the sd3 transformer and the first blocks of miniflux (MMDiT, arXiv 2403.03206).
 
-use super::dit::{AdaNorm, Geometry, HEAD_SIZE, ModulationLayout, Step, Stream};
+use super::adaptive_norm::{AdaNorm, ModulationLayout};
+use super::dit::{Geometry, HEAD_SIZE, Step, Stream};
 use super::positions::span;
 use crate::Result;
 use crate::graph::{Graph, TensorId};

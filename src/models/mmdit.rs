@@ -2,7 +2,8 @@
 //! separate weights, a cropped sin-cos position table in space and rotary positions in time
 //! (Pyramid Flow, arXiv 2410.05954; MMDiT, arXiv 2403.03206).
 
-use super::dit::{AdaNorm, Geometry, HEAD_SIZE, ModulationLayout, Step, StepOutput, Stream};
+use super::adaptive_norm::{AdaNorm, ModulationLayout};
+use super::dit::{Geometry, HEAD_SIZE, Step, StepOutput, Stream};
 use super::joint::{Setup, StreamNames, begin_block, joint_block, start, stream_names};
 use super::positions::{push_axis, span};
 use super::{ExpectedWeight, Record, collect_weights};

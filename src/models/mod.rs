@@ -1,6 +1,7 @@
 //! The networks of Pyramid Flow. Each *records* a graph for a given geometry and nothing
 //! else; structures are named like the checkpoint's keys.
 
+pub mod adaptive_norm;
 pub mod clip;
 pub mod dit;
 pub mod flux;

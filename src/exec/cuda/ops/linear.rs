@@ -251,6 +251,34 @@ mod tests {
     use super::*;
     use crate::graph::RowGroup;
 
+    /// The tile for products of so many rows, columns and inner dimensions.
+    fn tile(products: &[(usize, usize, usize)]) -> String {
+        let units = |t: &Tile| {
+            let of = |&(m, n, k): &(usize, usize, usize)| {
+                (m.div_ceil(t.rows * t.cluster) * n.div_ceil(t.columns), k)
+            };
+            products.iter().map(of).collect()
+        };
+        hopper::cheapest(HOPPER_TILES.iter(), 132, units).expect("a tile").0.to_string()
+    }
+
+    /// What is by far the fastest in the table of every tile and every product that the times are
+    /// fitted to.
+    #[test]
+    fn products_get_the_tiles_that_suit_them() {
+        for (products, expected) in [
+            (&[(20000, 4608, 1536)][..], "128x128_pair"),
+            (&[(2000, 1920, 7680)], "128x128_pair"),
+            (&[(2000, 1536, 6144)], "128x192"),
+            (&[(97, 4608, 1536), (1850, 4608, 1536)], "128x192"),
+            (&[(128, 12288, 4096)], "64x192_pair"),
+            (&[(140, 1536, 4096)], "64x64"),
+            (&[(480, 1536, 1536)], "128x64"),
+        ] {
+            assert_eq!(tile(products), expected, "{products:?}");
+        }
+    }
+
     #[test]
     fn the_library_gets_what_it_fuses() {
         use Activation::*;

@@ -198,10 +198,10 @@ mod tests {
 
     #[test]
     fn what_is_beyond() {
-        assert_eq!(beyond(&[], &[0..3]), Some(vec![0..3]));
+        assert_eq!(beyond(&[], &[0..1, 5..8]), Some(vec![0..1, 5..8]));
         assert_eq!(beyond(&[0..3, 5..8], &[0..3, 5..8]), Some(vec![]));
         assert_eq!(beyond(&[0..3, 5..6, 6..8], &[0..3, 5..9, 20..22]), Some(vec![8..9, 20..22]));
-        assert_eq!(beyond(&[0..3], &[0..2]), None);
+        assert_eq!(beyond(&[0..3, 5..8], &[0..3, 5..7]), None);
         assert_eq!(beyond(&[0..3, 5..8], &[0..3, 4..9]), None);
         assert_eq!(beyond(&[0..3, 5..8], &[0..4, 5..9]), None);
     }
