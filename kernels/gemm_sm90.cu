@@ -329,15 +329,15 @@ __device__ __forceinline__ void gemm(const GemmGroup& group) {
 }
 
 // Entry points; __launch_bounds__(…, 1) is what lets the warpgroups share out the registers anew.
-#define GEMM_KERNEL(name, Out, ...)                                          \
-    extern "C" __global__ void __launch_bounds__(384, 1)                     \
-        name(const __grid_constant__ GemmGroup group) {                     \
-        gemm<Tile<__VA_ARGS__>, Out>(group);                                     \
+#define GEMM_KERNEL(name, Out, ...)                                                \
+    extern "C" __global__ void __launch_bounds__(384, 1)                           \
+        name(const __grid_constant__ GemmGroup group) {                            \
+        gemm<Tile<__VA_ARGS__>, Out>(group);                                       \
     }
-#define GEMM_PAIR_KERNEL(name, Out, ...)                                     \
+#define GEMM_PAIR_KERNEL(name, Out, ...)                                           \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) \
-        name(const __grid_constant__ GemmGroup group) {                     \
-        gemm<Tile<__VA_ARGS__>, Out>(group);                                     \
+        name(const __grid_constant__ GemmGroup group) {                            \
+        gemm<Tile<__VA_ARGS__>, Out>(group);                                       \
     }
 
 // Rows, columns, cluster, whether consumers take tiles in turn, boxes of a warp.

@@ -63,10 +63,12 @@ def memory_links(results):
             for plan in run["predicted"]:
                 name, guess = plan["name"], plan["predicted"]["seconds"]
                 if name != "text":
-                    rows.append([clip_name(run["report"]), run["limit"], f"{run['link'] or 'as it is'}", PHASES[name],
+                    cells = host_cells(run["report"].get("max_host"), found[name].get("scratch", 0))
+                    rows.append([clip_name(run["report"]), run["limit"], *cells, f"{run['link'] or 'as it is'}", PHASES[name],
                                  f"{found[name]['seconds']:.2f} s", f"{guess:.2f} s",
                                  f"{guess / found[name]['seconds'] - 1:+.0%}"])
-    return table(["clip", "limit", "bus, GB/s each way", "phase", "measured", "predicted", "off by"], rows)
+    return [*with_limits_of_host(["clip", "limit", "bus, GB/s each way", "phase", "measured", "predicted", "off by"], rows, 2), "",
+            "Rows with a scratch file are predicted for a disk of 2 GB/s; the file cache of the machine, which had room for all of it, was faster."]
 
 
 def cards(results):
@@ -99,9 +101,10 @@ def soak(results):
     for first, run in memory_runs(results):
         if first["units"] > 8:
             found = phases(run["report"])
-            rows.append([clip_name(first), run["limit"] or "none", str(first["units"]),
+            scratch = max(phase.get("scratch", 0) for phase in found.values())
+            rows.append([clip_name(first), run["limit"] or "none", *host_cells(run["report"].get("max_host"), scratch), str(first["units"]),
                          *(units_cell(found[name]) for name in ("sampling", "decoding"))])
-    lines = table(["clip", "limit", "units", "transformer: most, variation", "VAE decode: most, variation"], rows)
+    lines = with_limits_of_host(["clip", "limit", "units", "transformer: most, variation", "VAE decode: most, variation"], rows, 2)
     for report in results.soaks:
         clips = report["memory_after_clips"]
         free, host = ([clip[name] / 2**20 for clip in clips] for name in ("device_free", "host_anonymous"))

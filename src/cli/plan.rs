@@ -94,14 +94,15 @@ fn for_gpu(args: &Args, networks: &Networks, request: &Request, limit: u64) -> R
     let most = |bytes: fn(&PhasePlan) -> u64| smallest.iter().map(bytes).max().unwrap_or(0);
     let smallest_gpu = CONTEXT_BYTES + most(|phase| phase.device_bytes);
     if smallest_gpu > limit {
-        return Err(too_little("GPU", limit, "--max-vram", smallest_gpu));
+        let less = "; a smaller or shorter one, or --tile, takes less";
+        return Err(too_little("GPU", limit, "--max-vram", smallest_gpu, less));
     }
     let gpu = ImaginedGpu { memory: limit - CONTEXT_BYTES, host };
     let phases = plan(networks, request, &gpu, Some(&machine))?;
     let pinned = phases.iter().map(|phase| phase.pinned_bytes).max().unwrap_or(0);
     if let Some(ByteSize(limit)) = args.max_host.filter(|_| host.is_some_and(|h| h < pinned)) {
         // All that can wait in the file does.
-        return Err(too_little("host", limit, "--max-host", PROCESS_BYTES + pinned));
+        return Err(too_little("host", limit, "--max-host", PROCESS_BYTES + pinned, ""));
     }
     super::print(&if args.json {
         let plan = json!({
@@ -117,11 +118,10 @@ fn for_gpu(args: &Args, networks: &Networks, request: &Request, limit: u64) -> R
 }
 
 /// So many bytes of a memory that `option` limits are too little.
-fn too_little(which: &str, limit: u64, option: &str, smallest: u64) -> Error {
+fn too_little(which: &str, limit: u64, option: &str, smallest: u64, more: &str) -> Error {
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     Error::memory(format!("{:.2} GiB of {which} memory are too little", gib(limit))).hint(format!(
-        "the smallest {option} for this video is {:.2}G; a smaller or shorter one, or --tile, \
-         takes less",
+        "the smallest {option} for this video is {:.2}G{more}",
         (gib(smallest) * 100.0).ceil() / 100.0
     ))
 }

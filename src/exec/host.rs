@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::FallocateFlags;
@@ -13,8 +14,7 @@ use super::available_memory;
 use crate::{Error, ErrorKind, Result};
 
 /// What a run takes of the host's memory besides what it locks for carried frames and rings:
-/// the driver's own, frames on their way to the file, tokenizers. 0.46 GiB was the most that
-/// was measured; the rest is reserve.
+/// the driver's own, frames on their way to the file, tokenizers, and some reserve.
 pub const PROCESS_BYTES: u64 = 768 << 20;
 
 /// Of a limit of host memory the part that may be locked, in bytes.
@@ -27,21 +27,27 @@ pub const fn lockable(limit: u64) -> u64 {
 pub struct HostRoom {
     limit: Option<u64>,
     scratch: Option<PathBuf>,
+    /// The first answer of [`HostRoom::memory`]: what is planned later must fit as it was found to
+    /// fit at first, though the run itself has taken memory since.
+    found: Arc<OnceLock<Option<u64>>>,
 }
 
 impl HostRoom {
     /// At most `limit` bytes of memory, all that no file stands behind counted: what is locked
-    /// and [`PROCESS_BYTES`]. In any case at most what is available when it is asked for, less
-    /// an eighth. What is beyond goes to a file in the folder `scratch`, without it in the
+    /// and [`PROCESS_BYTES`]. In any case at most what is available when it is first asked for,
+    /// less an eighth. What is beyond goes to a file in the folder `scratch`, without it in the
     /// user's cache.
     pub fn new(limit: Option<u64>, scratch: Option<PathBuf>) -> HostRoom {
-        HostRoom { limit, scratch }
+        HostRoom { limit, scratch, found: Arc::default() }
     }
 
-    /// Bytes that may be locked now; `None` where neither the caller nor the system tells.
+    /// Bytes that may be locked, the same at every call; `None` where neither the caller nor the
+    /// system tells.
     pub fn memory(&self) -> Option<u64> {
-        let available = available_memory().map(|bytes| bytes - bytes / 8);
-        available.into_iter().chain(self.limit).min().map(lockable)
+        *self.found.get_or_init(|| {
+            let available = available_memory().map(|bytes| bytes - bytes / 8);
+            available.into_iter().chain(self.limit).min().map(lockable)
+        })
     }
 
     /// Fails if a scratch file of `bytes` cannot be had.

@@ -1,11 +1,13 @@
 //! How a phase of a run fits into the device memory there is: which weights stay and which
 //! are streamed, in what pieces the decoder goes and which of its carried frames wait on the
-//! host, in memory or in the scratch file. Decided from graphs alone, before anything is loaded; results do not depend on it.
+//! host, in memory or in the scratch file. Decided from graphs alone, before anything is loaded;
+//! results do not depend on it.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::predict::{Machine, predict};
+use super::room::require_host;
 use crate::exec::Backend;
 use crate::graph::{Ahead, Graph, Home, Op, Residency, matrices};
 use crate::tensor::DType;
@@ -33,9 +35,9 @@ const USUAL: Machine = Machine { flops: 60e12, memory: 450e9, link: 20e9, disk: 
 /// Steps in which the resident part of the weights is chosen.
 const STEPS: u64 = 64;
 /// Pinned memory of the ring that uploads go through.
-const RING: u64 = 64 << 20;
+const RING: u64 = crate::exec::cuda::RING_BYTES;
 /// Pinned memory that carried frames pass through on their way to the scratch file and back.
-const SLOTS: u64 = 64 << 20;
+const SLOTS: u64 = crate::exec::cuda::COURIER_BYTES;
 /// How much longer decoding may take for less page-locked memory.
 const PATIENCE: f64 = 1.1;
 
@@ -61,11 +63,16 @@ pub struct Fit {
 }
 
 impl Fit {
-    /// Fails if the fit needs more than `backend` has.
+    /// Fails if the fit needs more than `backend` has of the device's or the host's memory, or a
+    /// scratch file that there is no room for.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Memory`] naming the phase and what it needs.
+    /// [`crate::ErrorKind::Memory`] naming the phase and what it needs, and those of
+    /// [`Backend::check_scratch`].
     pub fn require(&self, backend: &dyn Backend, phase: &str) -> Result<()> {
+        if backend.copies_weights() {
+            require_host(phase, self.pinned_bytes, self.scratch_bytes, backend)?;
+        }
         match budget(backend) {
             Some(budget) if self.device_bytes > budget => {
                 let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);

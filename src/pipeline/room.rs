@@ -1,7 +1,7 @@
 //! Whether there is room for a run, found out before anything is loaded.
 
 use super::{Event, Networks, Output, PhasePlan, Pipeline, Reporter, Request, plan};
-use crate::exec::{Backend, ImaginedGpu};
+use crate::exec::{Backend, ImaginedGpu, PROCESS_BYTES};
 use crate::{Error, Result};
 
 impl Pipeline {
@@ -59,29 +59,38 @@ impl Pipeline {
     }
 }
 
+/// As [`require_host`], for the phases that need most.
+fn fits_host(phases: &[PhasePlan], backend: &dyn Backend) -> Result<()> {
+    let require = |p: &PhasePlan| require_host(&p.name, p.pinned_bytes, p.scratch_bytes, backend);
+    let most_pinned = phases.iter().max_by_key(|phase| phase.pinned_bytes);
+    let most_in_file = phases.iter().max_by_key(|phase| phase.scratch_bytes);
+    most_pinned.into_iter().chain(most_in_file).try_for_each(require)
+}
+
 /// Refuses what needs more page-locked memory than the host has left, though all that can is in
 /// the scratch file, and a scratch file that there is no room for.
-fn fits_host(phases: &[PhasePlan], backend: &dyn Backend) -> Result<()> {
-    let most = phases.iter().max_by_key(|phase| phase.pinned_bytes);
-    if let (Some(phase), Some(available)) = (most, backend.host_memory())
-        && phase.pinned_bytes > available
+pub(super) fn require_host(
+    phase: &str,
+    pinned: u64,
+    scratch: u64,
+    backend: &dyn Backend,
+) -> Result<()> {
+    if let Some(available) = backend.host_memory()
+        && pinned > available
     {
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        return Err(Error::memory(format!(
-            "{} needs {:.2} GiB of host memory for what does not stay on the GPU, {:.2} GiB are \
-             left for it",
-            phase.name,
-            gib(phase.pinned_bytes),
+        let gib = |bytes: u64| (bytes + PROCESS_BYTES) as f64 / f64::from(1 << 30);
+        let error = Error::memory(format!(
+            "{phase} needs {:.2} GiB of host memory, for itself and for what does not stay on the \
+             GPU, {:.2} GiB can be had",
+            gib(pinned),
             gib(available)
-        ))
-        .hint("close other programs, or allow more with --max-host"));
+        ));
+        return Err(error.hint(format!(
+            "close other programs, or if --max-host is given, allow {:.2}G at least",
+            (gib(pinned) * 100.0).ceil() / 100.0
+        )));
     }
-    match phases.iter().max_by_key(|phase| phase.scratch_bytes) {
-        Some(phase) if phase.scratch_bytes > 0 => {
-            backend.check_scratch(phase.scratch_bytes).map_err(|e| e.at(&phase.name))
-        }
-        _ => Ok(()),
-    }
+    if scratch > 0 { backend.check_scratch(scratch).map_err(|e| e.at(phase)) } else { Ok(()) }
 }
 
 /// Says that carried frames wait in the scratch file, if they do.
@@ -90,7 +99,8 @@ fn warn_of_file(phases: &[PhasePlan], reporter: &mut dyn Reporter) {
     if bytes > 0 {
         let message = format!(
             "neither GPU nor host has memory for {:.1} GiB of decoded frames; they wait in a \
-             scratch file, which may be slow",
+             scratch file (--scratch says where), which may be slow: more --max-host or \
+             --max-vram makes it smaller",
             bytes as f64 / f64::from(1 << 30)
         );
         reporter.event(&Event::Warning { message });
@@ -117,6 +127,6 @@ mod tests {
         with(None).expect("as much as is needed");
         let error = with(Some(5 << 30)).expect_err("too little");
         assert_eq!(error.kind(), ErrorKind::Memory);
-        assert!(error.to_string().starts_with("decoding needs 6.00 GiB"), "{error}");
+        assert!(error.to_string().starts_with("decoding needs 6.75 GiB"), "{error}");
     }
 }

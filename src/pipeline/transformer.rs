@@ -14,7 +14,7 @@ use crate::models::dit::{Clip, Geometry, StepOutput};
 use crate::models::{ExpectedWeight, flux, mmdit};
 use crate::sampler::{Denoiser, Entry, Latent, LatentShape, SamplerRequest, StageGeometry, Step};
 use crate::tensor::{DType, WeightSource};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Records one call of the configured transformer.
 ///
@@ -213,11 +213,17 @@ impl Denoiser for Transformer<'_> {
     }
 
     fn expect_stage(&mut self, next: &StageGeometry) -> Result<()> {
-        let stage = self.add_stage(next)?;
-        if let Some((_, stale)) = self.expected.replace((next.clone(), stage)) {
-            self.session.remove(stale.graph);
+        match self.add_stage(next) {
+            Ok(stage) => {
+                if let Some((_, stale)) = self.expected.replace((next.clone(), stage)) {
+                    self.session.remove(stale.graph);
+                }
+                Ok(())
+            }
+            // There may be room once the present stage is over, and that should end well.
+            Err(e) if e.kind() == ErrorKind::Memory => Ok(()),
+            Err(e) => Err(e),
         }
-        Ok(())
     }
 
     fn end_stage(&mut self) -> Result<Latent> {

@@ -37,6 +37,13 @@ use upload::Uploader;
 /// What the driver's context takes of the GPU's memory, about.
 pub const CONTEXT_BYTES: u64 = Context::OWN_BYTES;
 
+/// Page-locked memory of the ring that uploads go through.
+pub const RING_BYTES: u64 = (Uploader::SLOTS * Uploader::SLOT_BYTES) as u64;
+
+/// Page-locked memory through which carried frames go to the scratch file and back: two slots for
+/// each direction.
+pub const COURIER_BYTES: u64 = 4 * Courier::SLOT_BYTES as u64;
+
 /// Who computes linear layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gemm {

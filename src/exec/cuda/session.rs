@@ -135,6 +135,13 @@ impl CudaSession {
         unsafe { self.stream.upload(to, bytes) }
     }
 
+    /// Notes that something that is queued now uses inputs of `graph`.
+    fn uses_inputs(&mut self, graph: GraphId) {
+        if let Some(planned) = self.graphs.get_mut(graph.0).and_then(Option::as_mut) {
+            planned.fresh = false;
+        }
+    }
+
     /// Queues all nodes. `after` is called behind each.
     fn queue_nodes(
         &mut self,
@@ -172,6 +179,7 @@ impl CudaSession {
     /// kernels end sooner than the host starts the next. Traffic with the host cannot be
     /// recorded.
     fn queue(&mut self, graph: GraphId) -> Result<()> {
+        self.uses_inputs(graph);
         let planned = self.planned(graph)?;
         let again = planned.ran && planned.schedule.is_empty() && !self.fenced;
         if !again {
@@ -199,7 +207,7 @@ impl CudaSession {
             }
         }
         if let Some(planned) = self.graphs[graph.0].as_mut() {
-            (planned.fresh, planned.ran) = (false, true);
+            planned.ran = true;
         }
         self.first_run.get_or_init(Instant::now);
         Ok(())
@@ -335,10 +343,10 @@ impl Session for CudaSession {
         let (source, target) = (self.planned(from.0)?, self.planned(to.0)?);
         let tensors = (source.graph.tensor(from.1), target.graph.tensor(to.1));
         check_copy(tensors.0, first, tensors.1, from.0 == to.0)?;
-        let target_graph = to.0;
+        let graphs = [from.0, to.0];
         let (from, to) = (self.place(source, from.1)?, self.place(target, to.1)?);
-        if let Some(planned) = self.graphs[target_graph.0].as_mut() {
-            planned.fresh = false;
+        for graph in graphs {
+            self.uses_inputs(graph);
         }
         let row = to.cols * to.dtype.bytes();
         self.stream.bind()?;

@@ -89,13 +89,13 @@ fn append(
     spec: &AttentionSpec,
     variant: Variant,
 ) -> Result<AttentionTables> {
-    let (tiles, tile_count, ranges) = match variant {
-        Variant::Hopper => {
+    let (tiles, tile_count, ranges) = match variant.queries() {
+        None => {
             let (tiles, ranges) = groups::tiles(&spec.segments);
             (bytemuck::cast_slice(&tiles).to_vec(), tiles.len(), ranges)
         }
-        _ => {
-            let (tiles, ranges) = tiles(&spec.segments, variant.queries());
+        Some(queries) => {
+            let (tiles, ranges) = tiles(&spec.segments, queries);
             (bytemuck::cast_slice(&tiles).to_vec(), tiles.len(), ranges)
         }
     };
@@ -126,8 +126,7 @@ fn append(
     })
 }
 
-/// Queries that a warpgroup answers, and a multiple of what a warp does: pieces of whole
-/// groups leave none of them with little to do.
+/// A multiple of what a warp does: pieces of whole groups leave none of them with little to do.
 const GROUP: usize = 64;
 
 /// Pieces of up to `queries` queries, of nearly the same size within a segment, those with the

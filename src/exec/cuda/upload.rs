@@ -120,9 +120,9 @@ pub(super) struct Uploader {
 }
 
 impl Uploader {
-    const SLOTS: usize = 4;
+    pub const SLOTS: usize = 4;
     /// Large enough for the copy engine's full rate, small enough to lock at once.
-    const SLOT_BYTES: usize = 16 << 20;
+    pub const SLOT_BYTES: usize = 16 << 20;
     /// What one thread converts at a time.
     const PIECE: usize = 256 << 10;
 

@@ -40,13 +40,12 @@ impl Variant {
         }
     }
 
-    /// Queries of one block; of a group of them where it takes several.
-    pub fn queries(self) -> usize {
+    /// Queries of one block; `None` where it takes groups of several segments.
+    pub fn queries(self) -> Option<usize> {
         match self {
-            Variant::Hopper => groups::QUERIES,
-            Variant::Heads64 => 128,
-            Variant::Masked64 | Variant::Masked16 => 64,
-            Variant::Wide => 64,
+            Variant::Hopper => None,
+            Variant::Heads64 => Some(128),
+            Variant::Masked64 | Variant::Masked16 | Variant::Wide => Some(64),
         }
     }
 
