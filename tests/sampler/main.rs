@@ -96,6 +96,7 @@ fn runs_equal_the_reference() {
         let mut model = Analytic::default();
         let result = sample(&request, finished, &mut model, &mut noise, &mut Silent).unwrap();
         assert_eq!(result.len(), request.units);
+        assert_eq!(model.expected, None, "nothing comes after the last stage");
         for (unit, (latent, expected)) in result.iter().zip(&expected).enumerate() {
             let error = relative_error(latent, &latent_of(std::slice::from_ref(expected)));
             assert!(error < TOLERANCE, "{request:?}: unit {unit} is off by {error:e}");

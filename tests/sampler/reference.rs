@@ -54,6 +54,8 @@ fn visit(frame: &Frame, mut f: impl FnMut(usize, f64, f64, f64)) {
 #[derive(Default)]
 pub struct Analytic {
     pub stage: Option<StageGeometry>,
+    /// The stage that was announced.
+    pub expected: Option<StageGeometry>,
     pub x: Option<Latent>,
     pub history: Vec<FrameClip>,
     pub calls: Vec<(usize, usize, Step)>,
@@ -78,6 +80,9 @@ impl Denoiser for Analytic {
     ) -> Result<()> {
         let shapes: Vec<_> = history.iter().map(Latent::shape).collect();
         assert_eq!(shapes, stage.history);
+        if self.stage.is_some() {
+            assert_eq!(self.expected.take().as_ref(), Some(stage), "every stage but the first");
+        }
         history.iter().for_each(|clip| self.check_rounded(clip));
         self.history = history.iter().map(frames_of).collect();
         assert_eq!(entry.shape(), stage.shape);
@@ -113,6 +118,11 @@ impl Denoiser for Analytic {
             x.round_to_bf16();
         }
         self.x = Some(x);
+        Ok(())
+    }
+
+    fn expect_stage(&mut self, next: &StageGeometry) -> Result<()> {
+        assert_eq!(self.expected.replace(next.clone()), None);
         Ok(())
     }
 

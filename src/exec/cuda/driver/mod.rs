@@ -259,7 +259,7 @@ impl Stream {
     /// `to` must be allocated for as many bytes.
     pub unsafe fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
         // SAFETY: passed on from the caller.
-        check("uploading", unsafe { result::memcpy_htod_async(to, bytes, self.stream) })
+        unsafe { self.upload_from(to, bytes.as_ptr(), bytes.len()) }
     }
 
     /// Queues a copy from the device; valid after the stream has been waited for.
@@ -268,7 +268,7 @@ impl Stream {
     /// `from` must be allocated for as many bytes.
     pub unsafe fn download(&self, bytes: &mut [u8], from: Address) -> Result<()> {
         // SAFETY: passed on from the caller.
-        check("downloading", unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) })
+        unsafe { self.download_to(bytes.as_mut_ptr(), from, bytes.len()) }
     }
 
     /// Queues a kernel whose one parameter is the struct at `parameters`. If `early` it may
