@@ -4,6 +4,13 @@
 //   epilogue 1  out[r, c] += x·Wᵀ + bias
 //   epilogue 2  out[r, c] += gate[sample_of(r) · ld_gate + c] · (x·Wᵀ + bias)
 //
+// With epilogue 0 and heads.table not null, columns come in parts of heads.part_columns, a multiple
+// of 64, and of each part whose weight is not null each 64 columns are a head, of which
+//   h = (x·Wᵀ + bias) · rsqrt(mean((x·Wᵀ + bias)²) + heads.eps) · heads.weight[part]
+//   out[r, 2i], out[r, 2i + 1] = h[2i]·cos − h[2i + 1]·sin, h[2i]·sin + h[2i + 1]·cos
+// where table[r · ld_table + 2i] and [… + 1] are cos and sin (f32, 8-byte aligned, ld_table even). Not in
+// the _f32 kernels.
+//
 // Layout: row-major, rows ldx, ldw, ldo elements apart. Precision: bf16 in, f32 products and sums
 // (k in steps of 16 in one fixed order), f32 epilogue, one rounding to bf16 (none in the _f32 kernels).
 //
@@ -23,22 +30,41 @@
 //   gemm_sm90_64x192_pair     64×192    64,  96           6        213152    cluster of 2, in turn
 //   gemm_sm90_64x64           64×64     64,  64           8        147648    in turn
 //   gemm_sm90_128x64         128×64    128,  64           8        213184
+//   gemm_sm90_128x64_split2  128×64    128,  64           7        221360    cluster of 2, k in 2 parts
+//   gemm_sm90_128x64_split4  128×64    128,  64           4        213120    cluster of 4, k in 4 parts
 //   gemm_sm90_128x128_f32    128×128   128, 128           6        229472
 //   gemm_sm90_128x64_f32     128×64    128,  64           8        229504
 //
 // Launch: 384 threads; grid.x = min(multiprocessors, tiles) blocks, for a pair the largest multiple
 // of 2 not above min(multiprocessors, 2 · pairs), where a product has ⌈m / rows⌉ · ⌈n / columns⌉ tiles
-// or ⌈m / (2 · rows)⌉ · ⌈n / columns⌉ pairs. The cluster size is compiled in.
+// or ⌈m / (2 · rows)⌉ · ⌈n / columns⌉ pairs. For k in parts there are as many blocks for each tile, all of
+// which must run at once, and every product has at least as many steps of 64 values of k. The cluster size
+// is compiled in.
 //
 // Why so: see lib/gemm_sm90.cuh. With k of 1536 the end of a tile is a fifth of its time where both
 // consumers share it; taking tiles in turn hides that where each block has several. 128 × 192 divides
-// the widths of the models without waste; the small tile fills the device when there are few rows.
+// the widths of the models without waste; the small tile fills the device when there are few rows, and
+// k in parts does where even those are too few.
 
 #include <type_traits>
 
 #include "lib/epilogue.cuh"
 #include "lib/gemm_sm90.cuh"
 #include "lib/group.cuh"
+
+struct Heads {
+    const bf16* weight[3];
+    const float* table;
+    int64_t ld_table;
+    int part_columns;
+    float eps;
+
+    // Of the head that begins at `column`; null if it is stored as it is.
+    __device__ __forceinline__ const bf16* weight_of(int column) const {
+        if (table == nullptr) return nullptr;
+        return weight[column < part_columns ? 0 : column < 2 * part_columns ? 1 : 2];
+    }
+};
 
 struct GemmSm90Params {
     TensorMap a, b, c;
@@ -54,15 +80,17 @@ struct GemmSm90Params {
     int out_f32;
     RowGroups groups;
     int pad;
+    Heads heads;
 };
-static_assert(sizeof(GemmSm90Params) == 576, "as on the host");
+static_assert(sizeof(GemmSm90Params) == 640, "as on the host");
 using GemmGroup = Group<GemmSm90Params, 2>;
-static_assert(sizeof(GemmGroup) == 1216, "as on the host");
+static_assert(sizeof(GemmGroup) == 1344, "as on the host");
 
-// The product that a tile is of, and its first row and column.
+// The product that a tile is of, its first row and column, and which part of the inner dimension it is.
 struct GemmPlace {
     int product;
     int row, column;
+    int part;
 };
 
 // Finishes the tiles of one warp in the layout of the accumulators, in boxes of 16 rows × 64 columns
@@ -81,6 +109,7 @@ public:
     __device__ __forceinline__ void ahead(const GemmPlace& place, int first) {
         const GemmSm90Params& p = group.problem[place.product];
         read_columns(place, first, 0);
+        if (p.heads.table != nullptr) read_rotations(p, row(place, first, 0));
         if (threadIdx.x % 32 == 0) {
             box_stores_read<0>();
             if (p.epilogue != kStore) {
@@ -106,7 +135,13 @@ public:
             pick<0>(v, d, piece);
             add_bias(v);
             if (p.epilogue == kGatedAccumulate) multiply_gate(v, place, first, piece);
-            if (piece + 1 < kPieces) read_columns(place, first, piece + 1);
+            const bf16* const weight = p.heads.weight_of(column(place, piece));
+            if (weight != nullptr) norm_and_rotate(v, weight, p.heads.eps);
+            if (piece + 1 < kPieces) {
+                read_columns(place, first, piece + 1);
+                const bool rows_end = (piece + 1) % kChunks == 0;
+                if (rows_end && p.heads.table != nullptr) read_rotations(p, row(place, first, piece + 1));
+            }
             if (p.epilogue == kStore) {
                 activate_all(v, p.activation);
             } else if (piece == 0 || piece >= Tile::kBuffers) {
@@ -174,7 +209,7 @@ private:
         const float* from = p.gate + p.groups.sample_of(row) * p.ld_gate + column;
 #pragma unroll
         for (int g = 0; g < 8; ++g) {
-            gate[g] = column + 8 * g < p.n ? *reinterpret_cast<const float2*>(from + 8 * g) : make_float2(0, 0);
+            factor[g] = column + 8 * g < p.n ? *reinterpret_cast<const float2*>(from + 8 * g) : make_float2(0, 0);
         }
     }
 
@@ -190,12 +225,55 @@ private:
         const GemmSm90Params& p = group.problem[place.product];
         const int upper = row(place, first, piece) + threadIdx.x % 32 / 4;
 #pragma unroll
-        for (int g = 0; g < 8; ++g) v[4 * g] *= gate[g].x, v[4 * g + 1] *= gate[g].y;
+        for (int g = 0; g < 8; ++g) v[4 * g] *= factor[g].x, v[4 * g + 1] *= factor[g].y;
         if (p.groups.sample_of(upper) != p.groups.sample_of(upper + 8)) {
             read_gate(p, upper + 8, lane_column(place, piece));
         }
 #pragma unroll
-        for (int g = 0; g < 8; ++g) v[4 * g + 2] *= gate[g].x, v[4 * g + 3] *= gate[g].y;
+        for (int g = 0; g < 8; ++g) v[4 * g + 2] *= factor[g].x, v[4 * g + 3] *= factor[g].y;
+    }
+
+    // The rotations of this lane's columns in its two rows of 16 from `first`, for every head. Rows
+    // below the last have none; they are not stored.
+    __device__ __forceinline__ void read_rotations(const GemmSm90Params& p, int first) {
+        const int upper = first + threadIdx.x % 32 / 4;
+        const float* const table = p.heads.table + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+            const float* const from = table + 8 * g;
+            factor[g] = *reinterpret_cast<const float2*>(from + min(upper, p.m - 1) * p.heads.ld_table);
+            factor[8 + g] = *reinterpret_cast<const float2*>(from + min(upper + 8, p.m - 1) * p.heads.ld_table);
+        }
+    }
+
+    // A piece is a head; the four lanes of a quad have two of its rows.
+    __device__ __forceinline__ void norm_and_rotate(float (&v)[32], const bf16* weight, float eps) const {
+        float upper = 0.0f, lower = 0.0f;
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+            upper += v[4 * g] * v[4 * g] + v[4 * g + 1] * v[4 * g + 1];
+            lower += v[4 * g + 2] * v[4 * g + 2] + v[4 * g + 3] * v[4 * g + 3];
+        }
+        upper = rsqrtf(quad_sum(upper) / 64 + eps);
+        lower = rsqrtf(quad_sum(lower) / 64 + eps);
+        const bf16* const weights = weight + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+            const uint32_t pair = *reinterpret_cast<const uint32_t*>(weights + 8 * g);
+            const float w[2] = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+            rotate(v[4 * g], v[4 * g + 1], upper, w, factor[g]);
+            rotate(v[4 * g + 2], v[4 * g + 3], lower, w, factor[8 + g]);
+        }
+    }
+    __device__ __forceinline__ static float quad_sum(float value) {
+        value += __shfl_xor_sync(~0u, value, 1);
+        return value + __shfl_xor_sync(~0u, value, 2);
+    }
+    __device__ __forceinline__ static void rotate(float& even, float& odd, float inverse, const float (&weight)[2],
+                                                  float2 by) {
+        const float a = even * inverse * weight[0], b = odd * inverse * weight[1];
+        even = a * by.x - b * by.y;
+        odd = a * by.y + b * by.x;
     }
 
     // Makes the box of `piece` free once more, and full where there is something to add to.
@@ -234,7 +312,8 @@ private:
     const uint32_t barrier;
     uint32_t parity = 0;
     uint32_t bias[8];
-    float2 gate[8];
+    // The gates of eight pairs of columns, or (cos, sin) of these in the upper row and then in the lower.
+    float2 factor[16];
 };
 
 template <class Tile, typename Out>
@@ -252,11 +331,17 @@ struct Gemm {
         const GemmSm90Params& p = group.problem[product];
         const TilePosition at(tile - group.first[product], (p.m + kRows - 1) / kRows,
                               (p.n + Tile::kCols - 1) / Tile::kCols);
-        return {product, (at.row * Tile::kCluster + rank) * Tile::kRows, at.column * Tile::kCols};
+        const int row = Tile::kSplit > 1 ? at.row : at.row * Tile::kCluster + rank;
+        return {product, row * Tile::kRows, at.column * Tile::kCols, Tile::kSplit > 1 ? rank : 0};
     }
     __device__ __forceinline__ int column(const Place& place) const { return place.column; }
+    // The first step of part `part` of a tile; of the part after the last it is their number.
+    __device__ __forceinline__ int first_step(const Place& place, int part) const {
+        const int all = (group.problem[place.product].k + Tile::kDepth - 1) / Tile::kDepth;
+        return all * part / Tile::kSplit;
+    }
     __device__ __forceinline__ int steps(const Place& place) const {
-        return (group.problem[place.product].k + Tile::kDepth - 1) / Tile::kDepth;
+        return first_step(place, place.part + 1) - first_step(place, place.part);
     }
     __device__ __forceinline__ const TensorMap* columns_map(const Place& place) const {
         return &group.problem[place.product].b;
@@ -265,7 +350,8 @@ struct Gemm {
     template <class Step>
     __device__ __forceinline__ void each_step(const Place& place, const Step& step) const {
         const GemmSm90Params& p = group.problem[place.product];
-        for (int k = 0; k < p.k; k += Tile::kDepth) {
+        const int end = first_step(place, place.part + 1) * Tile::kDepth;
+        for (int k = first_step(place, place.part) * Tile::kDepth; k < end; k += Tile::kDepth) {
             step([&](uint32_t to, uint32_t barrier) { copy_box_2d(to, &p.a, barrier, k, place.row); }, k);
         }
     }
@@ -321,7 +407,7 @@ struct Gemm {
 template <class Tile, typename Out>
 __device__ __forceinline__ void gemm(const GemmGroup& group) {
     if (threadIdx.x == 0) {
-        const GemmSm90Params& p = group.problem[group.of(blockIdx.x / Tile::kCluster)];
+        const GemmSm90Params& p = group.problem[group.of(blockIdx.x / Tile::kBlocks)];
         prefetch_tensor_map(&p.a);
         prefetch_tensor_map(&p.b);
     }
@@ -339,6 +425,11 @@ __device__ __forceinline__ void gemm(const GemmGroup& group) {
         name(const __grid_constant__ GemmGroup group) {                            \
         gemm<Tile<__VA_ARGS__>, Out>(group);                                       \
     }
+#define GEMM_SPLIT_KERNEL(name, Out, split, ...)                                       \
+    extern "C" __global__ void __cluster_dims__(split, 1, 1) __launch_bounds__(384, 1) \
+        name(const __grid_constant__ GemmGroup group) {                                \
+        gemm<Tile<__VA_ARGS__, split>, Out>(group);                                    \
+    }
 
 // Rows, columns, cluster, whether consumers take tiles in turn, boxes of a warp.
 GEMM_PAIR_KERNEL(gemm_sm90_128x128_pair, bf16, 128, 128, 2, true, 2)
@@ -346,5 +437,7 @@ GEMM_KERNEL(gemm_sm90_128x192, bf16, 128, 192, 1, false, 3)
 GEMM_PAIR_KERNEL(gemm_sm90_64x192_pair, bf16, 64, 192, 2, true, 1)
 GEMM_KERNEL(gemm_sm90_64x64, bf16, 64, 64, 1, true, 1)
 GEMM_KERNEL(gemm_sm90_128x64, bf16, 128, 64, 1, false, 1)
+GEMM_SPLIT_KERNEL(gemm_sm90_128x64_split2, bf16, 2, 128, 64, 1, false, 1)
+GEMM_SPLIT_KERNEL(gemm_sm90_128x64_split4, bf16, 4, 128, 64, 1, false, 1)
 GEMM_KERNEL(gemm_sm90_128x128_f32, float, 128, 128, 1)
 GEMM_KERNEL(gemm_sm90_128x64_f32, float, 128, 64, 1)

@@ -16,11 +16,15 @@
 // brings half of the columns' values and sends them to both, which halves that part of the reads
 // from L2. A stage is then free only when the consumers of both blocks have handed it back.
 //
+// Where there are few tiles, kSplit blocks of a cluster share each: every one multiplies its part of the
+// inner dimension, the others write their sums to the shared memory of the first, and that one adds
+// them up in the order of the parts and finishes the tile. A block has one tile then, no more.
+//
 // What differs is a `Problem` with
 //   struct Place;                           where a tile lies
-//   int tiles()                             number of tiles (of pairs of tiles in a cluster)
+//   int tiles()                             number of tiles (of pairs of tiles for kCluster = 2)
 //   Place place(int tile, int rank)
-//   int steps(const Place&)                 k-steps, equal for both blocks of a cluster, at least 1
+//   int steps(const Place&)                 k-steps, equal for both blocks of a pair, at least 1
 //   void each_step(const Place&, step)      calls step(copy_rows, k) for each, where
 //                                           copy_rows(to, barrier) issues the copy of the rows' part
 //                                           and k is the first value of the columns' part
@@ -40,12 +44,14 @@
 #include "wgmma.cuh"
 
 // kBuffers_ is what Finish keeps for each warp: boxes of 16 rows × 64 columns of bf16, or if 0 one of f32.
-template <int kRows_, int kCols_, int kCluster_, bool kPingPong_ = false, int kBuffers_ = 0>
+template <int kRows_, int kCols_, int kCluster_, bool kPingPong_ = false, int kBuffers_ = 0, int kSplit_ = 1>
 struct Tile {
     static constexpr int kRows = kRows_;
     static constexpr int kCols = kCols_;
     static constexpr int kCluster = kCluster_;
     static constexpr int kDepth = 64;
+    static constexpr int kSplit = kSplit_;
+    static constexpr int kBlocks = kCluster * kSplit;  // of a cluster as it is launched
     static constexpr bool kPingPong = kPingPong_;
     static constexpr int kConsumers = 2;
     static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -62,16 +68,21 @@ struct Tile {
     static constexpr int kStagingFloats = 16 * 64;
     static constexpr int kStagingBytes = kWarps * (kBuffers > 0 ? kBuffers * kBufferBytes : kStagingFloats * 4);
     static constexpr int kMostShared = 227 * 1024;
-    static constexpr int kFit = (kMostShared - kStagingBytes - 256) / kStageBytes;
+    // What the other blocks of a tile add, in the first.
+    static constexpr int kPartBytes = kRows * kCols * 4;
+    static constexpr int kPartsBytes = (kSplit - 1) * kPartBytes;
+    static constexpr int kFit = (kMostShared - kStagingBytes - kPartsBytes - 256) / kStageBytes;
     static constexpr int kStages = kFit < 8 ? kFit : 8;
     static constexpr int kStaging = kStages * kStageBytes;
-    static constexpr int kBarriers = kStaging + kStagingBytes;
+    static constexpr int kParts = kStaging + kStagingBytes;
+    static constexpr int kBarriers = kParts + kPartsBytes;
     static constexpr int kWarpBarriers = kBarriers + 2 * 8 * kStages;
     static constexpr int kSharedBytes = kWarpBarriers + (kBuffers > 0 ? 8 * kWarps : 0);
     // 168 registers per thread at launch, shared out anew: 40 · 128 + 232 · 256 = 168 · 384.
     static constexpr int kProducerRegisters = kPingPong ? 24 : 40;
     static constexpr int kConsumerRegisters = kPingPong ? 240 : 232;
     static_assert(kStages >= 4 && kBarriers % 8 == 0 && kSharedBytes <= kMostShared);
+    static_assert(kSplit == 1 || (kCluster == 1 && !kPingPong));
     static_assert(kRows % (64 * kReaders) == 0 && kCols % 64 == 0 && kStageBytes % 1024 == 0);
 };
 
@@ -270,8 +281,8 @@ __device__ __forceinline__ void copy_columns(const Ring<Tile>& ring, const Tenso
 template <class Tile, class Problem>
 __device__ __forceinline__ void produce(const Problem& problem, uint32_t shared, int rank) {
     Ring<Tile> ring{shared};
-    const int step_of_tiles = gridDim.x / Tile::kCluster;
-    const int first_tile = blockIdx.x / Tile::kCluster;
+    const int step_of_tiles = gridDim.x / Tile::kBlocks;
+    const int first_tile = blockIdx.x / Tile::kBlocks;
     // Stages whose columns are under way before their rows may be read: weights were there before.
     int ahead = 0;
     if (first_tile < problem.tiles()) {
@@ -316,6 +327,35 @@ __device__ __forceinline__ void hand_back(uint32_t empty) {
     }
 }
 
+// Adds up in the first block what all blocks of a tile found; whether this is the first.
+template <class Tile, int kFragments, int kCount>
+__device__ __forceinline__ bool add_parts(float (&d)[kFragments][kCount], uint8_t* shared, int rank, int consumer) {
+    // Four values of each thread of the consumer side by side.
+    constexpr int kFours = kFragments * kCount / 4;
+    const int first = Tile::kParts + (consumer * kFours * 128 + static_cast<int>(threadIdx.x) % 128) * 16;
+    if (rank > 0) {
+        const uint32_t to = shared_address(shared) + first + (rank - 1) * Tile::kPartBytes;
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+            const float* const v = &d[4 * i / kCount][4 * i % kCount];
+            store_at(to + i * 128 * 16, 0, make_float4(v[0], v[1], v[2], v[3]));
+        }
+    }
+    cluster_sync();
+    if (rank > 0) return false;
+#pragma unroll 1
+    for (int part = 0; part < Tile::kSplit - 1; ++part) {
+        const uint8_t* const from = shared + first + part * Tile::kPartBytes;
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+            const float4 add = *reinterpret_cast<const float4*>(from + i * 128 * 16);
+            float* const v = &d[4 * i / kCount][4 * i % kCount];
+            v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
+        }
+    }
+    return true;
+}
+
 template <class Tile, class Problem>
 __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared, int rank, int consumer) {
     Ring<Tile> ring{shared_address(shared)};
@@ -327,9 +367,9 @@ __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared,
     float d[Tile::kFragments][Tile::kCols / 2];
 
     after_predecessor();
-    const int step_of_tiles = gridDim.x / Tile::kCluster;
+    const int step_of_tiles = gridDim.x / Tile::kBlocks;
     bool mine = consumer == 1;
-    for (int tile = blockIdx.x / Tile::kCluster; tile < problem.tiles(); tile += step_of_tiles) {
+    for (int tile = blockIdx.x / Tile::kBlocks; tile < problem.tiles(); tile += step_of_tiles) {
         const typename Problem::Place place = problem.place(tile, rank);
         const int steps = problem.steps(place);
         if constexpr (Tile::kPingPong) {
@@ -365,7 +405,7 @@ __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared,
             if (step > 0) hand_back<Tile>(previous);
             previous = ring.empty();
             ring.advance();
-            if (step == ahead) finish.ahead(place, warp_row);
+            if (step == ahead && (Tile::kSplit == 1 || rank == 0)) finish.ahead(place, warp_row);
         }
         // The turn of the other consumer, where there is a further tile.
         if constexpr (Tile::kPingPong) {
@@ -375,19 +415,22 @@ __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared,
 #pragma unroll
         for (int f = 0; f < Tile::kFragments; ++f) wgmma_pin(d[f]);
         hand_back<Tile>(previous);
+        if constexpr (Tile::kSplit > 1) {
+            if (!add_parts<Tile>(d, shared, rank, consumer)) break;
+        }
         finish.finish(place, warp_row, d);
     }
     finish.drain();
 }
 
 // The whole kernel: kThreads threads, kSharedBytes of dynamic shared memory, a grid of at most as
-// many blocks as run at once, a multiple of kCluster.
+// many blocks as run at once, a multiple of kCluster; for kSplit > 1 of kSplit blocks for each tile.
 template <class Tile, class Problem>
 __device__ __forceinline__ void multiply_tiles(const Problem& problem) {
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t base = shared_address(shared);
     const int warpgroup = warp_uniform(threadIdx.x / 128);
-    const int rank = blockIdx.x % Tile::kCluster;
+    const int rank = blockIdx.x % Tile::kBlocks;
     if (threadIdx.x == 0) {
         Ring<Tile> ring{base};
         for (; ring.parity == 0; ring.advance()) {
@@ -399,7 +442,7 @@ __device__ __forceinline__ void multiply_tiles(const Problem& problem) {
         }
         barrier_init_fence();
     }
-    if constexpr (Tile::kCluster == 1) {
+    if constexpr (Tile::kBlocks == 1) {
         __syncthreads();
     } else {
         cluster_sync();
@@ -410,6 +453,8 @@ __device__ __forceinline__ void multiply_tiles(const Problem& problem) {
             produce<Tile>(problem, base, rank);
         }
         __syncwarp();
+        // Of add_parts.
+        if constexpr (Tile::kSplit > 1) cluster_sync();
     } else {
         raise_registers<Tile::kConsumerRegisters>();
         consume<Tile>(problem, shared, rank, warpgroup);

@@ -170,6 +170,18 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
         : "memory");
 }
 
+// Writes to shared memory of the block of rank `rank`, at this address there.
+__device__ __forceinline__ void store_at(uint32_t to, int rank, float4 value) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n"
+        "}\n" ::"r"(to),
+        "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+        : "memory");
+}
+
 // ---- warps ---------------------------------------------------------------------------------------
 
 // One thread of a converged warp; always the same one.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Case, Fill, Scale};
 use crate::Result;
-use crate::graph::{Activation, Epilogue, Graph, Op, RowGroup, TensorId};
+use crate::graph::{Activation, Epilogue, Graph, HeadNorms, Op, RowGroup, TensorId, WeightId};
 use crate::tensor::DType;
 
 pub(super) const ACTIVATIONS: [(Activation, &str); 4] = [
@@ -20,7 +20,13 @@ enum Kind {
     Store,
     Activate(Activation),
     Accumulate,
-    Gated { runs: usize },
+    Gated {
+        runs: usize,
+    },
+    /// Heads of this size, normed and rotated in all parts but the last of several.
+    Heads {
+        size: usize,
+    },
 }
 
 impl Kind {
@@ -43,6 +49,7 @@ impl Kind {
             }
             Kind::Accumulate => "accumulate".into(),
             Kind::Gated { runs } => format!("gated-{runs}"),
+            Kind::Heads { size } => format!("heads-{size}"),
         }
     }
 }
@@ -163,6 +170,11 @@ impl Linear {
                 let groups = row_groups(m, runs);
                 Epilogue::GatedAccumulate { gate_column: GATE_COLUMN, groups }
             }
+            Kind::Heads { size } => {
+                let (table, norms) = self.heads(g, size, prefix);
+                inputs.push(table);
+                Epilogue::NormHeads(norms)
+            }
         };
         let op = Op::Linear { parts, epilogue };
         let output = if self.f32_output { DType::F32 } else { dtype };
@@ -173,6 +185,22 @@ impl Linear {
         };
         g.mark_output(&name("y"), place);
         g.push_into(op, &inputs, place)
+    }
+
+    /// The rotations of the rows, which lie within a larger table, and the norms of the parts.
+    fn heads(&self, g: &mut Graph, size: usize, prefix: &str) -> (TensorId, HeadNorms) {
+        let above = self.m % 7;
+        let rows = above + self.m + 2;
+        let angle = |i: usize| (i / size) as f64 * 1e4f64.powf(-((i % size / 2) as f64) / 32.0);
+        let part = |i: usize| if i.is_multiple_of(2) { angle(i).cos() } else { angle(i).sin() };
+        let values = (0..rows * size).map(|i| part(i) as f32).collect();
+        let table = g.constant(&format!("{prefix}rope"), &[rows, size], values);
+        let plain = (self.n.len() > 1).then_some(self.n.len() - 1);
+        let norm = |i: usize| -> Option<WeightId> {
+            (plain != Some(i)).then(|| g.weight(&format!("{prefix}{i}.norm"), &[size]))
+        };
+        let weights = (0..self.n.len()).map(norm).collect();
+        (g.rows(table, above..above + self.m), HeadNorms { weights, eps: 1e-6 })
     }
 
     fn named(self, prefix: &str) -> Case {
@@ -241,6 +269,10 @@ fn small() -> Vec<Case> {
         (1..=6).map(|runs| linear(Kind::Gated { runs }, 70, &[16], 8).without_bias().case()),
     );
     let gelu = Kind::Activate(Activation::GeluTanh);
+    cases.push(
+        linear(Kind::Heads { size: 64 }, 65, &[128, 128, 128], 72).strided(true, true).case(),
+    );
+    cases.push(linear(Kind::Heads { size: 8 }, 3, &[24], 16).case());
     cases.push(side_by_side(&[
         linear(Kind::Store, 5, &[72], 40),
         linear(gelu, 70, &[24, 8], 72).strided(true, false),
@@ -280,8 +312,48 @@ fn test() -> Vec<Case> {
     }
     cases.push(linear(Kind::Store, 63, &[72], 6144).case());
     cases.push(linear(Kind::Accumulate, 65, &[136], 10240).without_bias().case());
+    cases.extend(heads());
     cases.extend(structured());
     cases.extend(beside());
+    cases
+}
+
+/// Heads of every number and place, of other sizes than the models', and in parts of unequal width.
+fn heads() -> Vec<Case> {
+    let heads = Kind::Heads { size: 64 };
+    let mut cases = Vec::new();
+    for m in [1, 63, 65, 130, 257, 1000] {
+        for (n, k) in [(&[64][..], 72), (&[192, 192], 264), (&[320, 320, 320], 64)] {
+            cases.push(linear(heads, m, n, k).case());
+        }
+        cases.push(linear(heads, m, &[1536, 1536, 1536], 136).strided(false, true).case());
+    }
+    cases.push(linear(heads, 2100, &[1920, 1920], 1920).without_bias().strided(true, true).case());
+    cases.push(linear(heads, 66, &[64, 128, 64], 72).case());
+    for size in [8, 48, 128] {
+        cases.push(linear(Kind::Heads { size }, 65, &[2 * size, 2 * size], 40).case());
+    }
+    for (name, fill) in [
+        ("zeros/", Fill::Constant(0.0)),
+        ("small/", Fill::Normal(1e-3)),
+        ("nan/", Fill::Normal(1.0).with_nan(9 * 72 + 5)),
+    ] {
+        let case = linear(heads, 20, &[128, 128, 128], 72).without_bias().named(name);
+        cases.push(case.fill("x", fill));
+    }
+    let joint = |m| linear(heads, m, &[192, 192, 192], 136);
+    cases.extend([(1, 240), (97, 130), (300, 63)].map(|(t, i)| side_by_side(&[t, i].map(joint))));
+    let gelu = Kind::Activate(Activation::GeluTanh);
+    cases.push(side_by_side(&[
+        linear(heads, 130, &[192], 192),
+        linear(heads, 257, &[192, 192], 192),
+        linear(gelu, 130, &[768], 192).strided(true, false),
+    ]));
+    // A launch of their own beside those that norm within the product.
+    cases.push(side_by_side(&[
+        linear(heads, 65, &[192], 192),
+        linear(Kind::Heads { size: 48 }, 70, &[96, 96, 96], 192),
+    ]));
     cases
 }
 
@@ -380,11 +452,13 @@ fn bench() -> Vec<Case> {
     let mut cases = Vec::new();
     let gelu = Kind::Activate(Activation::GeluTanh);
     let gated = Kind::Gated { runs: 6 };
+    let heads = Kind::Heads { size: 64 };
     for m in [480, 2000, 8000, 20000] {
         // Text beside image, in the joint blocks of sd3 and of miniflux.
         for d in [1536, 1920] {
             for (kind, n, k) in [
                 (Kind::Store, vec![d, d, d], d),
+                (heads, vec![d, d, d], d),
                 (gated, vec![d], d),
                 (gelu, vec![4 * d], d),
                 (gated, vec![d], 4 * d),
@@ -394,13 +468,17 @@ fn bench() -> Vec<Case> {
         }
         // miniflux's single blocks: queries beside keys and values, the hidden state, and it joined
         // with what attention gives.
-        let store = |n: &[usize]| linear(Kind::Store, m, n, 1920);
-        cases.push(side_by_side(&[store(&[1920]), store(&[1920, 1920])]));
+        for kind in [Kind::Store, heads] {
+            let part = |n: &[usize]| linear(kind, m, n, 1920);
+            cases.push(side_by_side(&[part(&[1920]), part(&[1920, 1920])]));
+        }
         cases.push(linear(gelu, m, &[4 * 1920], 1920).strided(false, true).case());
         cases.push(linear(gated, m, &[1920], 5 * 1920).case());
     }
     // Products alone, for rates.
-    cases.push(linear(Kind::Store, 20000, &[1536, 1536, 1536], 1536).case());
+    for kind in [Kind::Store, heads] {
+        cases.push(linear(kind, 20000, &[1536, 1536, 1536], 1536).case());
+    }
     cases.push(linear(gelu, 20000, &[6144], 1536).case());
     cases.push(linear(gated, 20000, &[1536], 6144).case());
     // The T5 encoder, the modulation tables, the ends of the transformers.
@@ -410,7 +488,9 @@ fn bench() -> Vec<Case> {
     cases.push(t5(Kind::Accumulate, &[4096], 10240));
     cases.push(linear(Kind::Store, 120, &[9216], 1536).into_f32().case());
     let patches = Linear { patches: true, ..linear(Kind::Store, 3840, &[1536], 64) };
-    cases.push(side_by_side(&[linear(Kind::Store, 97, &[1536], 4096), patches.clone()]));
+    for text in [97, 140] {
+        cases.push(linear(Kind::Store, text, &[1536], 4096).case());
+    }
     cases.push(side_by_side(&[patches.clone(), patches]));
     cases.push(linear(Kind::Store, 7680, &[64], 1536).case());
     cases.push(linear(Kind::Accumulate, 30720, &[512], 512).case());

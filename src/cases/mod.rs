@@ -270,6 +270,7 @@ mod tests {
                 Epilogue::Activate(a) => activation(a),
                 Epilogue::Accumulate => "accumulate",
                 Epilogue::GatedAccumulate { .. } => "gated",
+                Epilogue::NormHeads(_) => "heads",
             },
             Op::Conv3d(spec) => match (spec.shuffle, spec.residual, spec.stride) {
                 (Shuffle::Space, ..) => "space",
@@ -340,6 +341,7 @@ mod tests {
             "linear quick_gelu",
             "linear accumulate",
             "linear gated",
+            "linear heads",
             "conv3d space",
             "conv3d time, drop",
             "conv3d time",

@@ -1,6 +1,6 @@
 //! What an op costs: arithmetic, and bytes that any implementation must move.
 
-use super::{Graph, Node, Op, Segment, TensorId, WeightId, shape};
+use super::{Epilogue, Graph, Node, Op, Segment, TensorId, WeightId, shape};
 
 impl Op {
     /// Floating-point operations of the matrix products (a multiply-add counts as two);
@@ -50,8 +50,13 @@ impl Op {
         let elements =
             |id: WeightId| -> usize { graph.weights()[id.index()].shape.iter().product() };
         match self {
-            Op::Linear { parts, .. } => {
-                parts.iter().map(|(w, b)| elements(*w) + b.map_or(0, elements)).sum()
+            Op::Linear { parts, epilogue } => {
+                let norms = match epilogue {
+                    Epilogue::NormHeads(norms) => norms.weights.iter().flatten().copied().collect(),
+                    _ => Vec::new(),
+                };
+                let of_parts = parts.iter().map(|(w, b)| elements(*w) + b.map_or(0, elements));
+                of_parts.chain(norms.into_iter().map(elements)).sum()
             }
             // The rows that are looked up.
             Op::Embedding { positions, .. } => {

@@ -17,7 +17,8 @@ mod residency;
 mod shape;
 
 pub use op::{
-    Activation, AttentionSpec, ConvSpec, Epilogue, Op, RelativeBias, RowGroup, Segment, Shuffle,
+    Activation, AttentionSpec, ConvSpec, Epilogue, HeadNorms, Op, RelativeBias, RowGroup, Segment,
+    Shuffle,
 };
 pub use plan::{Lifetime, Plan, Staged, StagedWhat};
 pub use residency::{Ahead, Home, Residency, matrices};

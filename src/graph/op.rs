@@ -49,6 +49,18 @@ pub enum Epilogue {
         /// Which rows belong to which sample.
         groups: Arc<[RowGroup]>,
     },
+    /// `y = x·Wᵀ + b`, and then of each part with a norm the heads as [`Op::HeadNormRope`] has
+    /// them, its table being the second input.
+    NormHeads(HeadNorms),
+}
+
+/// RMS norms of the heads that a matrix product gives.
+#[derive(Debug, Clone)]
+pub struct HeadNorms {
+    /// For each part of the product the weight `[size]` of its heads' norm, if it has one.
+    pub weights: Vec<Option<WeightId>>,
+    /// Added to the mean square.
+    pub eps: f32,
 }
 
 /// Queries `queries` attend to every key in `keys`.

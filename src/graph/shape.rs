@@ -134,6 +134,16 @@ fn linear(
     if let Epilogue::GatedAccumulate { gate_column, groups } = epilogue {
         check.modulation(1, gate_column + columns, groups, n)?;
     }
+    if let Epilogue::NormHeads(norms) = epilogue {
+        let [rows, size] = check.fixed::<2>(1)?;
+        check.that(rows == n && size % 2 == 0 && norms.weights.len() == parts.len(), "norms")?;
+        for ((weight, _), norm) in parts.iter().zip(&norms.weights) {
+            if let Some(norm) = norm {
+                let heads = check.weight(*weight)[0].is_multiple_of(size);
+                check.that(heads && check.weight(*norm) == [size], "head size")?;
+            }
+        }
+    }
     Ok(vec![n, columns])
 }
 

@@ -12,7 +12,8 @@ use super::Record;
 use super::adaptive_norm::{AdaNorm, ModulationLayout};
 use super::positions::span;
 use crate::graph::{
-    Activation, AttentionSpec, Epilogue, Graph, Op, RowGroup, Segment, TensorId, WeightId,
+    Activation, AttentionSpec, Epilogue, Graph, HeadNorms, Op, RowGroup, Segment, TensorId,
+    WeightId,
 };
 use crate::tensor::DType;
 use crate::{Error, Result};
@@ -305,20 +306,23 @@ impl Step<'_> {
         self.g.side_by_side(parts.len())
     }
 
-    /// Projects `x` with the layers `names` side by side into `place`.
-    pub fn project(&mut self, x: TensorId, names: &[String], place: TensorId) -> Result<()> {
-        let parts = names.iter().map(|name| self.weights(name)).collect();
-        self.g.push_into(Op::Linear { parts, epilogue: Epilogue::Store }, &[x], place)
-    }
-
-    /// RMS norm and rotation of the heads in `x`, whose first row is row `first` of the
-    /// packed batch.
-    pub fn norm_heads(&mut self, x: TensorId, first: usize, weight: &str) -> Result<()> {
+    /// Projects `x` with `layers` side by side into `place`, whose first row is row `first` of the
+    /// packed batch. Of a layer that comes with the name of a norm the heads are normed and
+    /// rotated: queries and keys.
+    pub fn project(
+        &mut self,
+        x: TensorId,
+        layers: &[(String, Option<String>)],
+        first: usize,
+        place: TensorId,
+    ) -> Result<()> {
         let rows = self.g.tensor(x).rows();
-        let weight = self.g.weight(weight, &[HEAD_SIZE]);
+        let parts = layers.iter().map(|(name, _)| self.weights(name)).collect();
+        let mut norm = |norm: &String| self.g.weight(&format!("{norm}.weight"), &[HEAD_SIZE]);
+        let weights = layers.iter().map(|(_, of)| of.as_ref().map(&mut norm)).collect();
+        let epilogue = Epilogue::NormHeads(HeadNorms { weights, eps: self.eps_qk });
         let table = self.g.rows(self.rope, span(first, rows));
-        let op = Op::HeadNormRope { weight, eps: self.eps_qk, heads: self.heads() };
-        self.g.push_into(op, &[table], x)
+        self.g.push_into(Op::Linear { parts, epilogue }, &[x, table], place)
     }
 
     /// Attention of `q` to `k` and `v`, into `place`.
@@ -372,7 +376,7 @@ impl Step<'_> {
         self.g.push_into(Op::Linear { parts, epilogue: Epilogue::Store }, &[self.text], place)?;
         self.g.scope(name);
         let mut first = 0;
-        let count = 1 + samples * patches.len();
+        let count = samples * patches.len();
         for (clip, patches) in clips().zip(patches) {
             for sample in 0..samples {
                 let of = if self.geometry.separate_latents { sample } else { 0 };

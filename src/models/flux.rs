@@ -124,12 +124,16 @@ fn single_block(step: &mut Step<'_>, name: &str, x: TensorId, last: bool) -> Res
     };
     let rows = first..geometry.rows();
 
-    let [to_q, to_k, to_v] = ["to_q", "to_k", "to_v"].map(|p| format!("{name}.attn.{p}"));
+    let layer = |part: &str, norm: Option<&str>| {
+        (format!("{name}.attn.{part}"), norm.map(|norm| format!("{name}.attn.{norm}")))
+    };
+    let to_q = layer("to_q", Some("norm_q"));
+    let [to_k, to_v] = [layer("to_k", Some("norm_k")), layer("to_v", None)];
     let kept = step.g.rows(n, rows.clone());
     let q = step.g.empty(&[rows.len(), d], dtype);
-    step.project(kept, &[to_q], q)?;
+    step.project(kept, &[to_q], first, q)?;
     let kv = step.g.empty(&[geometry.rows(), 2 * d], dtype);
-    step.project(n, &[to_k, to_v], kv)?;
+    step.project(n, &[to_k, to_v], 0, kv)?;
     let joined = step.g.empty(&[rows.len(), 5 * d], dtype);
     let hidden = step.g.cols(joined, d..5 * d);
     let parts = vec![step.g.linear_weights(&format!("{name}.proj_mlp"), 4 * d, d)];
@@ -138,9 +142,6 @@ fn single_block(step: &mut Step<'_>, name: &str, x: TensorId, last: bool) -> Res
     step.g.side_by_side(3)?;
 
     let [k, v] = [0, d].map(|column| step.g.cols(kv, span(column, d)));
-    step.norm_heads(q, first, &format!("{name}.attn.norm_q.weight"))?;
-    step.norm_heads(k, 0, &format!("{name}.attn.norm_k.weight"))?;
-    step.g.side_by_side(2)?;
     let attention = step.g.cols(joined, 0..d);
     step.attend([q, k, v], segments, attention)?;
 

@@ -64,6 +64,15 @@ pub(super) struct StreamNames {
     pub feed_forward: &'static str,
 }
 
+impl StreamNames {
+    /// The layers for queries, keys and values of the block `name`, with their heads' norms.
+    pub fn layers(&self, name: &str) -> [(String, Option<String>); 3] {
+        let full = |part: &str| format!("{name}.attn.{part}");
+        let [q, k, v] = self.qkv.map(full);
+        [(q, Some(full(self.norm_q))), (k, Some(full(self.norm_k))), (v, None)]
+    }
+}
+
 /// The names for text and for image. The two families agree but for the norms of the
 /// text's queries and keys.
 pub(super) const fn stream_names(
@@ -109,17 +118,9 @@ pub(super) fn joint_block(
     step.g.side_by_side(2)?;
     for ((names, range), n) in names.iter().zip(&ranges).zip(normed) {
         let place = step.g.rows(qkv, range.clone());
-        step.project(n, &names.qkv.map(|p| format!("{name}.attn.{p}")), place)?;
+        step.project(n, &names.layers(name), range.start, place)?;
     }
     step.g.side_by_side(2)?;
-    for (names, range) in names.iter().zip(&ranges) {
-        let place = step.g.rows(qkv, range.clone());
-        for (column, norm) in [(0, names.norm_q), (d, names.norm_k)] {
-            let heads = step.g.cols(place, span(column, d));
-            step.norm_heads(heads, range.start, &format!("{name}.attn.{norm}.weight"))?;
-        }
-    }
-    step.g.side_by_side(4)?;
     let [q, k, v] = [0, d, 2 * d].map(|column| step.g.cols(qkv, span(column, d)));
     let attention = step.g.empty(&[rows, d], dtype);
     step.attend([q, k, v], geometry.attention(), attention)?;

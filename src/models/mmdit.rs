@@ -139,23 +139,15 @@ fn last_block(step: &mut Step<'_>, name: &str, streams: &[Stream; 2], x: TensorI
     let text = step.modulate(&streams[0], AdaNorm::continuous(starts[0], d))?;
     let image = step.modulate(&streams[1], AdaNorm::first(starts[1], d))?;
     step.g.side_by_side(2)?;
-    let weight = |part: &str| format!("{name}.attn.{part}");
     for ((names, range), n) in STREAMS.iter().zip(&ranges).zip([text, image]) {
-        let [_, to_k, to_v] = names.qkv.map(weight);
+        let [_, to_k, to_v] = names.layers(name);
         let place = step.g.rows(kv, range.clone());
-        step.project(n, &[to_k, to_v], place)?;
+        step.project(n, &[to_k, to_v], range.start, place)?;
     }
     let first = geometry.current_rows().start;
     let current = step.g.rows(image, first - ranges[1].start..ranges[1].len());
-    step.project(current, &[weight(STREAMS[1].qkv[0])], q)?;
-    step.g.side_by_side(3)?;
-    let norm = |part: &str| weight(&format!("{part}.weight"));
-    for (names, range) in STREAMS.iter().zip(&ranges) {
-        let place = step.g.rows(kv, range.clone());
-        let keys = step.g.cols(place, 0..d);
-        step.norm_heads(keys, range.start, &norm(names.norm_k))?;
-    }
-    step.norm_heads(q, first, &norm(STREAMS[1].norm_q))?;
+    let [to_q, ..] = STREAMS[1].layers(name);
+    step.project(current, &[to_q], first, q)?;
     step.g.side_by_side(3)?;
     let [k, v] = [0, d].map(|column| step.g.cols(kv, span(column, d)));
     let attention = step.g.empty(&[geometry.current_rows().len(), d], dtype);
@@ -164,7 +156,8 @@ fn last_block(step: &mut Step<'_>, name: &str, streams: &[Stream; 2], x: TensorI
     let current =
         Stream { x: step.g.rows(x, geometry.current_rows()), groups: geometry.groups_of_current() };
     let [_, start] = starts;
-    step.add_gated(&current, &weight(STREAMS[1].out), attention, AdaNorm::first(start, d))?;
+    let out = format!("{name}.attn.{}", STREAMS[1].out);
+    step.add_gated(&current, &out, attention, AdaNorm::first(start, d))?;
     let feed_forward = format!("{name}.{}", STREAMS[1].feed_forward);
     step.feed_forward(&[(&current, feed_forward, AdaNorm::second(start, d))])
 }

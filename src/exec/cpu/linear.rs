@@ -10,7 +10,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::memory::{Mat, MatMut, round};
-use super::{Run, pointwise};
+use super::{Run, norm, pointwise};
 use crate::Result;
 use crate::graph::{Epilogue, RowGroup, WeightId};
 use crate::tensor::{DType, WeightView};
@@ -94,6 +94,11 @@ pub(super) fn linear(
         Epilogue::GatedAccumulate { .. } => Some(run.input(1)?),
         _ => None,
     };
+    // Norms need whole heads, so they come after the product and before the rounding.
+    let dtype = match epilogue {
+        Epilogue::NormHeads(_) => DType::F32,
+        _ => run.output_dtype(),
+    };
     let mut first_column = 0;
     let mut tasks = Vec::new();
     let mut loaded = Vec::new();
@@ -109,12 +114,16 @@ pub(super) fn linear(
         loaded.push(Part { weight, bias, first_column });
         first_column += columns;
     }
-    let finish = Finish { out: &out, epilogue, modulation, dtype: run.output_dtype() };
+    let finish = Finish { out: &out, epilogue, modulation, dtype };
     tasks.into_par_iter().for_each(|(p, panel, rows)| {
         SCRATCH.with_borrow_mut(|(widened, product)| {
             multiply(&x, &loaded[p], panel, rows, widened, product, &finish);
         });
     });
+    if let Epilogue::NormHeads(norms) = epilogue {
+        let columns = loaded.iter().map(|p| p.first_column..p.first_column + p.weight.shape[0]);
+        return norm::heads_of_parts(run, norms, &columns.collect::<Vec<_>>());
+    }
     Ok(())
 }
 
@@ -166,7 +175,7 @@ impl Finish<'_> {
         // SAFETY: each task has its own rows and columns, so no two write one element.
         let place = unsafe { self.out.piece(row, first..first + values.len()) };
         match self.epilogue {
-            Epilogue::Store => place.copy_from_slice(values),
+            Epilogue::Store | Epilogue::NormHeads(_) => place.copy_from_slice(values),
             Epilogue::Activate(activation) => {
                 pointwise::apply(*activation, values);
                 place.copy_from_slice(values);

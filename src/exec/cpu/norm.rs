@@ -1,12 +1,14 @@
 //! Norms. Sums are taken in f64, so that a large mean does not hide a small variance.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::linear::sample_of;
 use super::memory::round;
 use super::{Run, pointwise};
 use crate::Result;
-use crate::graph::{Activation, RowGroup, WeightId};
+use crate::graph::{Activation, HeadNorms, RowGroup, WeightId};
 
 fn mean_and_rsqrt(row: &[f32], eps: f32) -> (f32, f32) {
     let n = row.len() as f64;
@@ -73,21 +75,48 @@ pub(super) fn head_norm_rope(
 ) -> Result<()> {
     let (table, mut out, dtype) = (run.input(0)?, run.output()?, run.output_dtype());
     let weight = run.weight_f32(weight)?;
+    debug_assert_eq!(weight.len() * heads, out.cols);
     out.par_rows(|r, row| {
-        let size = row.len() / heads;
-        for head in row.chunks_exact_mut(size) {
-            let scale = root_mean_square_inverse(head, eps);
-            let pairs = head.chunks_exact_mut(2).zip(weight.chunks_exact(2));
-            for ((x, w), rotation) in pairs.zip(table.row(r).chunks_exact(2)) {
-                let (a, b) = (x[0] * scale * w[0], x[1] * scale * w[1]);
-                let (cos, sin) = (rotation[0], rotation[1]);
-                x[0] = a * cos - b * sin;
-                x[1] = a * sin + b * cos;
+        norm_and_rotate(row, &weight, eps, table.row(r));
+        round(dtype, row);
+    });
+    Ok(())
+}
+
+/// What [`Epilogue::NormHeads`](crate::graph::Epilogue::NormHeads) adds to a product, whose parts
+/// lie in `columns`.
+pub(super) fn heads_of_parts(
+    run: &Run<'_>,
+    norms: &HeadNorms,
+    columns: &[Range<usize>],
+) -> Result<()> {
+    let (table, mut out, dtype) = (run.input(1)?, run.output()?, run.output_dtype());
+    let load = |norm: &Option<WeightId>| norm.map(|weight| run.weight_f32(weight)).transpose();
+    let weights = norms.weights.iter().map(load).collect::<Result<Vec<_>>>()?;
+    out.par_rows(|r, row| {
+        for (columns, weight) in columns.iter().zip(&weights) {
+            if let Some(weight) = weight {
+                norm_and_rotate(&mut row[columns.clone()], weight, norms.eps, table.row(r));
             }
         }
         round(dtype, row);
     });
     Ok(())
+}
+
+/// Norms the heads of a row, each as long as `weight`, and rotates their pairs by the
+/// (cos, sin) pairs of `rotations`.
+fn norm_and_rotate(heads: &mut [f32], weight: &[f32], eps: f32, rotations: &[f32]) {
+    for head in heads.chunks_exact_mut(weight.len()) {
+        let scale = root_mean_square_inverse(head, eps);
+        let pairs = head.chunks_exact_mut(2).zip(weight.chunks_exact(2));
+        for ((x, w), rotation) in pairs.zip(rotations.chunks_exact(2)) {
+            let (a, b) = (x[0] * scale * w[0], x[1] * scale * w[1]);
+            let (cos, sin) = (rotation[0], rotation[1]);
+            x[0] = a * cos - b * sin;
+            x[1] = a * sin + b * cos;
+        }
+    }
 }
 
 pub(super) fn group_norm(

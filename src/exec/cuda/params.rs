@@ -426,7 +426,27 @@ pub(super) struct GemmSm90 {
     /// Of the output; only read where that is bf16.
     pub c: TensorMap,
     pub gemm: Gemm,
-    pub tail: [u64; 3],
+    pub heads: Heads,
+    pub tail: [u64; 5],
+}
+
+/// What `kernels/gemm_sm90.cu` needs to norm and rotate heads; all zeros where it does not.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct Heads {
+    /// For each `part_columns` columns the weight of their heads' norm, or zero.
+    pub weights: [Address; Heads::PARTS],
+    pub table: Address,
+    pub ld_table: i64,
+    pub part_columns: i32,
+    pub eps: f32,
+}
+
+impl Heads {
+    /// Most parts of a product: queries, keys, values.
+    pub const PARTS: usize = 3;
+    /// The size of the heads.
+    pub const SIZE: usize = 64;
 }
 
 /// `kernels/conv3d.cu`: causal convolution as implicit GEMM.
@@ -490,7 +510,7 @@ sizes! {
     Attention = 112,
     AttentionSm90 = 448,
     Gemm = 168,
-    GemmSm90 = 576,
+    GemmSm90 = 640,
     Conv = 120,
     ConvSm90 = 512,
 }

@@ -66,15 +66,17 @@ pub(super) fn padded_channels(channels: usize) -> usize {
 
 /// The weights that `node` reads from device memory.
 pub(super) fn keys_of(graph: &Graph, node: &Node) -> Vec<Key> {
-    let vectors =
-        |ids: &[WeightId]| ids.iter().map(|&w| Key::new(graph, &[w], Form::Bf16)).collect();
+    let vectors = |ids: &[WeightId]| ids.iter().map(|&w| vector_key(graph, w)).collect();
     match &node.op {
         Op::Embedding { table, positions } => {
             vectors(&[Some(*table), *positions].into_iter().flatten().collect::<Vec<_>>())
         }
-        Op::Linear { parts, .. } => {
+        Op::Linear { parts, epilogue } => {
             let mut keys = vec![linear_key(graph, parts)];
             keys.extend(bias_key(graph, parts));
+            if let Epilogue::NormHeads(norms) = epilogue {
+                keys.extend(norms.weights.iter().flatten().map(|&norm| vector_key(graph, norm)));
+            }
             keys
         }
         Op::LayerNorm { weight, bias, .. } | Op::GroupNorm { weight, bias, .. } => {
@@ -96,6 +98,11 @@ pub(super) fn keys_of(graph: &Graph, node: &Node) -> Vec<Key> {
         | Op::HalveBilinear { .. }
         | Op::DoubleRenoise { .. } => Vec::new(),
     }
+}
+
+/// A norm's weight or bias.
+pub(super) fn vector_key(graph: &Graph, weight: WeightId) -> Key {
+    Key::new(graph, &[weight], Form::Bf16)
 }
 
 /// The matrices of a linear node, one below the other.

@@ -13,6 +13,8 @@ pub(super) struct Tile {
     pub columns: usize,
     /// Blocks of a cluster: 2 take neighbouring rows and share what they load of the columns.
     pub cluster: usize,
+    /// Blocks that share a tile, each with its part of the inner dimension.
+    pub split: usize,
     /// Whether the consumers of a block take tiles in turn, one storing while the other
     /// multiplies, instead of sharing each.
     pub in_turn: bool,
@@ -28,7 +30,8 @@ impl fmt::Display for Tile {
     /// As in the names of the kernels.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let pair = if self.cluster == 2 { "_pair" } else { "" };
-        write!(f, "{}x{}{pair}", self.rows, self.columns)
+        write!(f, "{}x{}{pair}", self.rows, self.columns)?;
+        if self.split == 1 { Ok(()) } else { write!(f, "_split{}", self.split) }
     }
 }
 
@@ -57,15 +60,23 @@ pub(super) fn cheapest<'a>(
     multiprocessors: usize,
     units: impl Fn(&Tile) -> Vec<(usize, usize)>,
 ) -> Result<(&'a Tile, [u32; 3])> {
-    let clusters = |tile: &Tile| multiprocessors / tile.cluster;
+    let clusters = |tile: &Tile| multiprocessors / (tile.cluster * tile.split);
     let count = |tile: &Tile| units(tile).iter().map(|(count, _)| count).sum::<usize>();
     let cost = |tile: &&Tile| {
         let rounds = count(tile).div_ceil(clusters(tile));
-        let steps = |(count, depth): &(usize, usize)| count * depth.div_ceil(Tile::DEPTH);
+        let of = |depth: usize| depth.div_ceil(Tile::DEPTH).div_ceil(tile.split);
+        let steps = |(count, depth): &(usize, usize)| count * of(*depth);
         let all: usize = units(tile).iter().map(steps).sum();
         tile.nanoseconds(rounds, (rounds * all).div_ceil(count(tile).max(1)))
     };
-    let tile = tiles.min_by_key(cost).ok_or_else(|| Error::device("no tile fits the product"))?;
-    let blocks_that_stay = count(tile).min(clusters(tile)) * tile.cluster;
+    // Blocks that share tiles have one each, and each a part of it.
+    let deep =
+        |tile: &Tile| units(tile).iter().all(|(_, depth)| *depth >= tile.split * Tile::DEPTH);
+    let fits = |tile: &&Tile| tile.split == 1 || (count(tile) <= clusters(tile) && deep(tile));
+    let tile = tiles
+        .filter(fits)
+        .min_by_key(cost)
+        .ok_or_else(|| Error::device("no tile fits the product"))?;
+    let blocks_that_stay = count(tile).min(clusters(tile)) * tile.cluster * tile.split;
     Ok((tile, [blocks(blocks_that_stay, 1)?, 1, 1]))
 }

@@ -1,7 +1,7 @@
 //! Matrix products, and which of them go to cuBLASLt.
 
 use super::hopper::{self, Tile};
-use super::{Prepare, int};
+use super::{Prepare, int, norm};
 use crate::exec::cuda::cublaslt::{CublasLt, Fused, Product};
 use crate::exec::cuda::kernels::blocks;
 use crate::exec::cuda::params::{self, RowGroups};
@@ -10,7 +10,7 @@ use crate::exec::cuda::step::{Parameters, Work};
 use crate::exec::cuda::tensor_map;
 use crate::exec::cuda::weights::{bias_key, is_gated, linear_key};
 use crate::exec::cuda::{Cuda, Gemm};
-use crate::graph::{Activation, Epilogue, Graph, Node, Op, WeightId};
+use crate::graph::{Activation, Epilogue, Graph, HeadNorms, Node, Op, WeightId};
 use crate::tensor::DType;
 use crate::{Error, Result};
 
@@ -52,7 +52,8 @@ pub(in crate::exec::cuda) fn library(backend: &Cuda) -> Result<Option<CublasLt>>
 /// What the library fuses for this layer, if that is all there is to do.
 fn fused(parts: &[(WeightId, Option<WeightId>)], epilogue: &Epilogue, out: DType) -> Option<Fused> {
     let (gelu, accumulate) = match epilogue {
-        Epilogue::Store => (false, false),
+        // Norms of heads follow by themselves.
+        Epilogue::Store | Epilogue::NormHeads(_) => (false, false),
         Epilogue::Activate(Activation::GeluTanh) => (true, false),
         Epilogue::Accumulate => (false, true),
         Epilogue::Activate(_) | Epilogue::GatedAccumulate { .. } => return None,
@@ -106,7 +107,7 @@ pub(super) fn linear(
         pad: 0,
     };
     match epilogue {
-        Epilogue::Store => {}
+        Epilogue::Store | Epilogue::NormHeads(_) => {}
         Epilogue::Activate(activation) => gemm.activation = params::activation_code(*activation),
         Epilogue::Accumulate => gemm.epilogue = 1,
         Epilogue::GatedAccumulate { gate_column, groups } => {
@@ -133,10 +134,73 @@ pub(super) fn linear(
             library.prepare(&Product { x, weight, bias, out, fused }, p.scratch)?
         {
             p.push(Work::Matmul(matmul));
-            return Ok(());
+            return norm_heads(p, parts, epilogue);
         }
     }
-    p.waiting.layers.push(Layer { gemm, x, out });
+    let mut layer = Layer { gemm, x, out, heads: bytemuck::Zeroable::zeroed() };
+    match epilogue {
+        Epilogue::NormHeads(norms) if p.kernels.hopper && fits_hopper(&layer) => {
+            match fused_heads(p, parts, norms, out)? {
+                Some(heads) => layer.heads = heads,
+                None => norm_heads(p, parts, epilogue)?,
+            }
+        }
+        _ => norm_heads(p, parts, epilogue)?,
+    }
+    p.waiting.layers.push(layer);
+    Ok(())
+}
+
+/// The norms of heads as `kernels/gemm_sm90.cu` takes them, if it does.
+fn fused_heads(
+    p: &Prepare<'_>,
+    parts: &[(WeightId, Option<WeightId>)],
+    norms: &HeadNorms,
+    out: Place,
+) -> Result<Option<params::Heads>> {
+    let table = p.input(1, DType::F32)?;
+    let columns = |&(weight, _): &(WeightId, _)| p.graph.weights()[weight.index()].shape[0];
+    let part_columns = columns(&parts[0]);
+    let alike = parts.len() <= params::Heads::PARTS
+        && parts.iter().all(|part| columns(part) == part_columns)
+        && part_columns.is_multiple_of(params::Heads::SIZE);
+    let aligned = table.address.is_multiple_of(8) && table.stride.is_multiple_of(2);
+    let fits = out.dtype == DType::Bf16 && table.cols == params::Heads::SIZE;
+    if !fits || !alike || !aligned {
+        return Ok(None);
+    }
+    let mut weights = [0; params::Heads::PARTS];
+    for (place, norm) in weights.iter_mut().zip(&norms.weights) {
+        if let Some(norm) = *norm {
+            *place = norm::vector(p, norm)?;
+        }
+    }
+    Ok(Some(params::Heads {
+        weights,
+        table: table.address,
+        ld_table: table.stride as i64,
+        part_columns: int(part_columns)?,
+        eps: norms.eps,
+    }))
+}
+
+/// Lets the norms of heads, if the layer has any, wait for launches of their own behind it.
+fn norm_heads(
+    p: &mut Prepare<'_>,
+    parts: &[(WeightId, Option<WeightId>)],
+    epilogue: &Epilogue,
+) -> Result<()> {
+    let Epilogue::NormHeads(HeadNorms { weights, eps }) = epilogue else { return Ok(()) };
+    let table = p.input(1, DType::F32)?;
+    let out = p.output(DType::Bf16)?;
+    let mut address = out.address;
+    for ((weight, _), norm) in parts.iter().zip(weights) {
+        let cols = p.graph.weights()[weight.index()].shape[0];
+        if let Some(norm) = *norm {
+            norm::norm_heads(p, Place { address, cols, ..out }, table, norm, *eps)?;
+        }
+        address += (cols * out.dtype.bytes()) as u64;
+    }
     Ok(())
 }
 
@@ -145,6 +209,7 @@ pub(in crate::exec::cuda) struct Layer {
     gemm: params::Gemm,
     x: Place,
     out: Place,
+    heads: params::Heads,
 }
 
 /// Appends launches of all, one for all of them where kernels take several.
@@ -158,7 +223,7 @@ pub(super) fn launch(p: &mut Prepare<'_>, layers: &[Layer]) -> Result<()> {
         return layers.chunks(1).try_for_each(|layer| launch(p, layer));
     }
     let multiprocessors = p.kernels.multiprocessors as usize;
-    for Layer { gemm, x, out } in layers {
+    for Layer { gemm, x, out, .. } in layers {
         let (name, rows, columns) = generic_tile(x.rows, out.cols, multiprocessors);
         let tiles = x.rows.div_ceil(rows) * out.cols.div_ceil(columns);
         p.launch(name, [blocks(tiles, 1)?, 1, 1], gemm)?;
@@ -175,7 +240,7 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
     let multiprocessors = p.kernels.multiprocessors as usize;
     let (tile, grid) = hopper::cheapest(tiles.iter(), multiprocessors, all)?;
     let problem = |layer: &Layer| {
-        let &Layer { gemm, x, out } = layer;
+        let &Layer { gemm, x, out, heads } = layer;
         let (rows, cols) = (out.cols, x.cols);
         let weight = Place { address: gemm.weight, rows, cols, stride: cols, dtype: DType::Bf16 };
         let parameters = params::GemmSm90 {
@@ -183,7 +248,8 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
             b: tensor_map::matrix(weight, tile.columns / tile.cluster)?,
             c: if f32_out { bytemuck::Zeroable::zeroed() } else { tensor_map::matrix(out, 16)? },
             gemm,
-            tail: [0; 3],
+            heads,
+            tail: [0; 5],
         };
         Ok((parameters, int(units(tile, layer))?))
     };
@@ -198,7 +264,7 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
 
 /// A tile of one block, or for a cluster of 2 of each, that its consumers share.
 const fn shared(rows: usize, columns: usize, [start, step, end]: [usize; 3]) -> Tile {
-    Tile { rows, columns, cluster: 1, in_turn: false, start, step, end }
+    Tile { rows, columns, cluster: 1, split: 1, in_turn: false, start, step, end }
 }
 
 /// A tile that its block's consumers take in turn.
@@ -206,15 +272,22 @@ const fn in_turn(rows: usize, columns: usize, cluster: usize, times: [usize; 3])
     Tile { cluster, in_turn: true, ..shared(rows, columns, times) }
 }
 
+/// A tile that so many blocks share along the inner dimension.
+const fn split(rows: usize, columns: usize, split: usize, times: [usize; 3]) -> Tile {
+    Tile { split, ..shared(rows, columns, times) }
+}
+
 /// The tiles of `kernels/gemm_sm90.cu` for bf16 and for f32. The times are a least-squares fit to
 /// what each took for every product of `cargo bench --bench ops linear` on an H200, relative errors
 /// counted; they are for choosing among these, and mean little by themselves.
-const HOPPER_TILES: [Tile; 5] = [
+const HOPPER_TILES: [Tile; 7] = [
     in_turn(128, 128, 2, [7300, 363, 3600]),
     shared(128, 192, [7300, 508, 2400]),
     in_turn(64, 192, 2, [7200, 302, 3600]),
     in_turn(64, 64, 1, [6400, 171, 2400]),
     shared(128, 64, [5800, 282, 1000]),
+    split(128, 64, 2, [5800, 282, 2500]),
+    split(128, 64, 4, [5800, 282, 3500]),
 ];
 const HOPPER_TILES_F32: [Tile; 2] =
     [shared(128, 128, [7300, 333, 2300]), shared(128, 64, [5800, 282, 1000])];

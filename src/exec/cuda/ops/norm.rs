@@ -7,8 +7,9 @@ use super::{Prepare, in_eights, int};
 use crate::Result;
 use crate::exec::cuda::kernels::{Kernels, blocks};
 use crate::exec::cuda::params;
+use crate::exec::cuda::session::Place;
 use crate::exec::cuda::step::Parameters;
-use crate::exec::cuda::weights::{Form, Key};
+use crate::exec::cuda::weights::vector_key;
 use crate::graph::{Graph, Node, Op, RowGroup, WeightId};
 use crate::tensor::DType;
 
@@ -22,8 +23,8 @@ fn variant(aligned: bool, eights: &'static str, single: &'static str) -> &'stati
     if aligned { eights } else { single }
 }
 
-fn vector(p: &Prepare<'_>, weight: WeightId) -> Result<u64> {
-    p.weight(&Key::new(p.graph, &[weight], Form::Bf16))
+pub(super) fn vector(p: &Prepare<'_>, weight: WeightId) -> Result<u64> {
+    p.weight(&vector_key(p.graph, weight))
 }
 
 fn grid(rows: usize) -> Result<[u32; 3]> {
@@ -127,6 +128,19 @@ pub(super) fn head_norm_rope(
     heads: usize,
 ) -> Result<()> {
     let (table, x) = (p.input(0, DType::F32)?, p.output(DType::Bf16)?);
+    debug_assert_eq!(table.cols * heads, x.cols);
+    norm_heads(p, x, table, weight, eps)
+}
+
+/// Lets the norm and rotation of all heads of `x`, each as wide as `table`, wait for the others
+/// of its group.
+pub(super) fn norm_heads(
+    p: &mut Prepare<'_>,
+    x: Place,
+    table: Place,
+    weight: WeightId,
+    eps: f32,
+) -> Result<()> {
     let parameters = params::HeadNormRope {
         x: x.address,
         table: table.address,
@@ -134,8 +148,8 @@ pub(super) fn head_norm_rope(
         rows: x.rows as i64,
         ldx: x.stride as i64,
         ld_table: table.stride as i64,
-        heads: int(heads)?,
-        size: int(x.cols / heads)?,
+        heads: int(x.cols / table.cols)?,
+        size: int(table.cols)?,
         eps,
         pad: 0,
     };
