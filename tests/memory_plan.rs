@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use pyraflow::checkpoint::{Family, Variant};
 use pyraflow::exec::{Backend, CONTEXT_BYTES, Cpu, ImaginedGpu, PROCESS_BYTES, lockable};
 use pyraflow::graph::{
-    Activation, Ahead, Epilogue, Graph, Home, Op, Plan, Residency, Staged, StagedWhat, TensorId,
-    matrices,
+    Activation, Ahead, Epilogue, Graph, Home, Op, Plan, Residency, Role, Staged, StagedWhat,
+    TensorId, matrices,
 };
 use pyraflow::models::dit::{Clip, Geometry, StepOutput};
 use pyraflow::models::vae::{Window, record_decoder};
@@ -122,6 +122,23 @@ fn hands_over(g: &Graph, from: TensorId, to: TensorId, node: usize) -> bool {
         && node.inputs.first().is_some_and(|&i| g.tensor(i).root == from)
 }
 
+/// Inputs and constants, and nothing else, lie in one piece without gaps but for alignment.
+fn check_own(g: &Graph, plan: &Plan, storage: impl Fn(DType) -> usize) {
+    let mut end = 0;
+    for (i, tensor) in g.tensors().iter().enumerate().filter(|(i, t)| t.root.index() == *i) {
+        let own = matches!(tensor.role, Role::Input | Role::Constant(_));
+        let offset = plan.own_offset(tensor.root);
+        assert_eq!(offset.is_some(), own, "tensor {i}, {}", tensor.name);
+        if let Some(offset) = offset {
+            assert!(
+                offset % Plan::ALIGNMENT == 0 && (end..end + Plan::ALIGNMENT).contains(&offset)
+            );
+            end = offset + (tensor.len() * storage(tensor.dtype)) as u64;
+        }
+    }
+    assert_eq!(plan.own_bytes(), end);
+}
+
 fn check_no_overlap(g: &Graph, plan: &Plan) {
     let lifetimes = plan.lifetimes();
     for (i, a) in lifetimes.iter().enumerate() {
@@ -185,6 +202,7 @@ proptest! {
         let (g, outputs) = record(rows, &choices);
         let plan = Cpu::new().plan(&g, &Residency::default());
         check_no_overlap(&g, &plan);
+        check_own(&g, &plan, |_| size_of::<f32>());
         let apart = Cpu::new().unshared().plan(&g, &Residency::default());
         // Each placement is padded to the alignment, the last one excepted.
         let padded = apart.arena_bytes().next_multiple_of(Plan::ALIGNMENT);
@@ -262,6 +280,7 @@ fn plans_of_the_real_models() {
         for g in real_graphs(family) {
             let plan = Plan::new(&g, DType::bytes);
             check_no_overlap(&g, &plan);
+            check_own(&g, &plan, DType::bytes);
             let share = plan.arena_bytes() as f64 / plan.total_bytes() as f64;
             let floor = largest_live_set(&plan, g.nodes().len()) as f64 / plan.arena_bytes() as f64;
             println!(

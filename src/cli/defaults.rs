@@ -31,6 +31,10 @@ const OWN: [(&str, &str); 2] = [("bench", "json"), ("inspect", "model")];
 /// Options that must be typed: what they do depends on what else is.
 const TYPED: [&str; 5] = ["prompts", "config", "help", "version", "resume"];
 
+/// Options that say nothing without another one, by command: where that is missing, so is a
+/// default that is meant for other commands, too.
+const BESIDE: [(&str, &str, &str); 1] = [("plan", "max-host", "max-vram")];
+
 /// The environment variable of a long option.
 pub fn variable(name: &str) -> String {
     format!("PYRAFLOW_{}", name.replace('-', "_").to_uppercase())
@@ -78,6 +82,13 @@ fn with_default(
         return with_arg(command, long, |arg| arg.env(None::<&'static str>));
     }
     let in_environment = |name: &str| std::env::var_os(variable(name)).is_some();
+    let alone = BESIDE.iter().any(|&(name, option, other)| {
+        let given = is_typed(args, other, short(other)) || in_environment(other);
+        (name, option) == (command.get_name(), long) && !given && !file.contains_key(other)
+    });
+    if alone {
+        return command;
+    }
     let value = file.get(long).filter(|_| !rivals.iter().any(|other| in_environment(other)));
     let own = OWN.contains(&(command.get_name(), long));
     with_arg(command, long, |arg| {

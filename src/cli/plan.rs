@@ -68,6 +68,10 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(ByteSize(limit)) = args.max_vram {
         return for_gpu(args, &networks, &request, limit);
     }
+    if args.max_host.is_some() {
+        return Err(Error::usage("--max-host limits what a GPU keeps in memory of the host")
+            .hint("add --max-vram SIZE, the memory of the GPU to plan for"));
+    }
     let phases = plan(&networks, &request, &Cpu::new(), None)?;
     super::print(&if args.json {
         let plan = json!({

@@ -58,6 +58,11 @@ impl Preview {
         Ok(Preview { place, scaling: pipeline.latent_scaling(), map, fit, shown: 0 })
     }
 
+    /// Whether there is a map to show stages with.
+    pub fn shows_stages(&self) -> bool {
+        self.map.is_some()
+    }
+
     /// Shows the latent of a stage, as large as the video.
     pub fn stage_finished(&mut self, unit: usize, stage: usize, latent: &Latent) -> Result<()> {
         let Some(map) = &self.map else { return Ok(()) };

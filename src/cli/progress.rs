@@ -180,6 +180,10 @@ impl Reporter for Console {
         self.interrupted.load(Ordering::Relaxed)
     }
 
+    fn wants_stages(&self) -> bool {
+        self.preview.as_ref().is_some_and(Preview::shows_stages)
+    }
+
     fn stage_finished(&mut self, unit: usize, stage: usize, latent: &Latent) {
         let Some(preview) = &mut self.preview else { return };
         let shown = self.bar.suspend(|| preview.stage_finished(unit, stage, latent));

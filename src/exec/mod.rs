@@ -109,7 +109,8 @@ pub trait Session: Send {
     /// [`crate::ErrorKind::Memory`] when the arena cannot be had.
     fn add(&mut self, graph: Graph) -> Result<GraphId>;
 
-    /// Forgets the graph; its number is not given out again.
+    /// Forgets the graph, once the runs and copies asked for so far need it no more; its number
+    /// is not given out again.
     fn remove(&mut self, graph: GraphId);
 
     /// The input, output or state of `graph` called `name`.
@@ -145,8 +146,8 @@ pub trait Session: Send {
         to: (GraphId, TensorId),
     ) -> Result<()>;
 
-    /// Executes all nodes in order. On a device they may still be under way when this returns;
-    /// what goes wrong in them is then the error of a later call.
+    /// Executes all nodes in order. On a device they may still be under way when this returns,
+    /// and a few runs before them, too; what goes wrong in them is then the error of a later call.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Device`] when the device fails.

@@ -65,6 +65,8 @@ pub struct Plan {
     arena_bytes: u64,
     total_bytes: u64,
     persistent_bytes: u64,
+    own: HashMap<TensorId, u64>,
+    own_bytes: u64,
 }
 
 impl Plan {
@@ -119,7 +121,17 @@ impl Plan {
         let ends = lifetimes.iter().map(|l| l.offset + l.bytes);
         let arena_bytes = ends.chain(staged.iter().map(|s| s.offset + s.bytes)).max().unwrap_or(0);
         let persistent_bytes = persistent_bytes(graph, residency, &bytes_of);
-        Plan { lifetimes, by_root, staged, arena_bytes, total_bytes, persistent_bytes }
+        let (own, own_bytes) = own(graph, &bytes_of);
+        Plan {
+            lifetimes,
+            by_root,
+            staged,
+            arena_bytes,
+            total_bytes,
+            persistent_bytes,
+            own,
+            own_bytes,
+        }
     }
 
     /// All placements, in the order of their roots.
@@ -156,6 +168,17 @@ impl Plan {
     pub fn persistent_bytes(&self) -> u64 {
         self.persistent_bytes
     }
+
+    /// Where `root`, an input or a constant, begins in a piece of memory that holds all of them
+    /// and nothing else: a multiple of [`Plan::ALIGNMENT`].
+    pub fn own_offset(&self, root: TensorId) -> Option<u64> {
+        self.own.get(&root).copied()
+    }
+
+    /// Size of that piece, in bytes.
+    pub fn own_bytes(&self) -> u64 {
+        self.own_bytes
+    }
 }
 
 fn in_arena(role: &Role) -> bool {
@@ -181,6 +204,20 @@ fn persistent_bytes(
     let ids = (0..graph.tensors().len()).map(|i| TensorId(i as u32));
     let roots = ids.filter(|&id| graph.tensor(id).root == id);
     roots.filter(|&id| counts(id)).map(bytes_of).sum()
+}
+
+/// Where inputs and constants lie one after another, and where they end.
+fn own(graph: &Graph, bytes_of: &dyn Fn(TensorId) -> u64) -> (HashMap<TensorId, u64>, u64) {
+    let (mut offsets, mut end) = (HashMap::new(), 0u64);
+    for (i, tensor) in graph.tensors().iter().enumerate() {
+        let id = TensorId(i as u32);
+        if tensor.root == id && matches!(tensor.role, Role::Input | Role::Constant(_)) {
+            let offset = end.next_multiple_of(Plan::ALIGNMENT);
+            offsets.insert(id, offset);
+            end = offset + bytes_of(id);
+        }
+    }
+    (offsets, end)
 }
 
 /// What comes in from the host, not placed yet, with the nodes during which its memory is

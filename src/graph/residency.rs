@@ -54,6 +54,7 @@ pub struct Residency {
     no_weights: bool,
     ahead: Ahead,
     arena: u64,
+    own: u64,
 }
 
 impl Default for Residency {
@@ -70,14 +71,20 @@ impl Residency {
         states: HashMap<String, Home>,
         ahead: Ahead,
     ) -> Residency {
-        let (others, no_weights, arena) = (Home::Device, false, 0);
-        Residency { streamed, states, others, no_weights, ahead, arena }
+        let (others, no_weights, arena, own) = (Home::Device, false, 0, 0);
+        Residency { streamed, states, others, no_weights, ahead, arena, own }
     }
 
     /// The same, with an arena of `bytes` from the first graph on: that of the largest graph to
     /// come, so that memory does not grow.
     pub fn with_arena(self, bytes: u64) -> Residency {
         Residency { arena: bytes, ..self }
+    }
+
+    /// The same, with `bytes` for the inputs and constants of a graph that comes in place of a
+    /// smaller one: what the largest graph to come needs, so that memory does not grow again.
+    pub fn with_own(self, bytes: u64) -> Residency {
+        Residency { own: bytes, ..self }
     }
 
     /// Streams every matrix and keeps every state at `states`.
@@ -115,6 +122,11 @@ impl Residency {
     /// Bytes that the arena has at least.
     pub fn arena(&self) -> u64 {
         self.arena
+    }
+
+    /// Bytes of the inputs and constants of the largest graph, as far as they were told.
+    pub fn own(&self) -> u64 {
+        self.own
     }
 
     /// How far transfers may be from their nodes.

@@ -339,15 +339,16 @@ fn measure(
     at_once: usize,
     backend: &dyn Backend,
 ) -> Fit {
-    let (mut arena_bytes, mut others) = (0, 0);
+    let (mut arena_bytes, mut others, mut own) = (0, 0, 0);
     for graph in graphs {
         let plan = backend.plan(graph, &residency);
         arena_bytes = plan.arena_bytes().max(arena_bytes);
+        own = plan.own_bytes().max(own);
         let states = state_bytes(&[graph], |name| !residency.leaves(name));
         others = (plan.persistent_bytes() - states).max(others);
     }
     // The states of all graphs are there at one time, and the inputs of a graph and of the one
-    // that is made while it runs.
+    // that is made while it runs: with memory of the graph before, which is done by then.
     let persistent_bytes = 2 * others + state_bytes(graphs, |name| !residency.leaves(name));
     let is_streamed = |(name, bytes): &(String, u64)| {
         if residency.streams(name) { *bytes } else { 0 }
@@ -363,7 +364,7 @@ fn measure(
         device_bytes: arena_bytes + persistent_bytes + resident_bytes + MARGIN,
         pinned_bytes: pinned_bytes(at(Home::Host), scratch_bytes > 0),
         scratch_bytes,
-        residency: residency.with_arena(arena_bytes),
+        residency: residency.with_arena(arena_bytes).with_own(own),
     }
 }
 

@@ -76,8 +76,15 @@ pub trait Reporter {
         false
     }
 
+    /// Whether [`stage_finished`](Self::stage_finished) is to be called. A GPU is waited for at
+    /// the end of every stage then, rather than at that of every unit.
+    fn wants_stages(&self) -> bool {
+        false
+    }
+
     /// A stage (0 to 2) of a unit is done, with `latent`: of the stage's size, scaled as the
-    /// sampler has it. Must be quick; the sampler waits.
+    /// sampler has it. Must be quick; the sampler waits. Called where
+    /// [`wants_stages`](Self::wants_stages) says so.
     fn stage_finished(&mut self, unit: usize, stage: usize, latent: &Latent) {
         let _ = (unit, stage, latent);
     }

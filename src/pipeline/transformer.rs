@@ -160,7 +160,7 @@ impl<'a> Transformer<'a> {
         if !self.stage()?.rounded {
             return Ok(());
         }
-        let mut x = self.end_stage()?;
+        let mut x = self.latent()?;
         x.round_to_bf16();
         let &Stage { graph, current, .. } = self.stage()?;
         self.session.write(graph, current, x.data())
@@ -226,7 +226,7 @@ impl Denoiser for Transformer<'_> {
         }
     }
 
-    fn end_stage(&mut self) -> Result<Latent> {
+    fn latent(&mut self) -> Result<Latent> {
         let &Stage { graph, current, shape, .. } = self.stage()?;
         Latent::new(shape, self.session.read(graph, current)?)
     }

@@ -60,6 +60,10 @@ impl Observer for Watch<'_> {
         Ok(())
     }
 
+    fn wants_stages(&self) -> bool {
+        self.reporter.wants_stages()
+    }
+
     fn stage_finished(&mut self, stage: &StageGeometry, latent: &Latent) -> Result<()> {
         self.reporter.stage_finished(stage.unit, stage.stage, latent);
         Ok(())

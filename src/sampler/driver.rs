@@ -22,8 +22,9 @@ pub struct Step {
 }
 
 /// The model, as the sampler sees it. It keeps the latent `x` of the frame being sampled,
-/// perhaps in the memory of a device, where the steps of a stage may still be under way when
-/// these functions return: what goes wrong in one may be the error of a later one. With
+/// perhaps in the memory of a device, where steps may still be under way when these functions
+/// return: what goes wrong in one may be the error of a later one. Nothing but
+/// [`latent`](Self::latent) has to wait for them. With
 /// [`StageGeometry::rounded`] it rounds `x` to bf16 after the entry and after every step.
 pub trait Denoiser {
     /// Makes the latent that the stage starts from, of `stage.shape`, out of `entry` and of
@@ -56,18 +57,18 @@ pub trait Denoiser {
         Ok(())
     }
 
-    /// What the stage ends with: `x` after all steps so far. The next stage may still start
-    /// from it.
+    /// `x` after all steps so far, which are waited for. Asked for at the end of every unit, and
+    /// of the stages that an observer wants to see; the next stage may still start from it.
     ///
     /// # Errors
     /// If the model or one of the steps failed.
-    fn end_stage(&mut self) -> Result<Latent>;
+    fn latent(&mut self) -> Result<Latent>;
 }
 
 /// Watches a run, and may stop it. An error from it ends the run.
 pub trait Observer {
     /// A step was taken; `done` of the stage's steps were. A device may still be busy with
-    /// the last ones.
+    /// the last few.
     ///
     /// # Errors
     /// Whatever should end the run.
@@ -76,7 +77,14 @@ pub trait Observer {
         Ok(())
     }
 
-    /// A stage is done, with this frame at the stage's size.
+    /// Whether [`stage_finished`](Self::stage_finished) is to be called for the stage that was
+    /// just sampled. A device is waited for then, and has nothing to do meanwhile.
+    fn wants_stages(&self) -> bool {
+        false
+    }
+
+    /// A stage is done, with this frame at the stage's size. Called where
+    /// [`wants_stages`](Self::wants_stages) says so.
     ///
     /// # Errors
     /// Whatever should end the run.
@@ -117,7 +125,8 @@ impl Observer for Silent {}
 ///
 /// # Errors
 /// * [`crate::ErrorKind::Input`] when the request or a finished unit cannot be used;
-/// * [`crate::ErrorKind::Numeric`] when a stage ends with NaN or infinity;
+/// * [`crate::ErrorKind::Numeric`] when a unit, or a stage that is watched, ends with NaN or
+///   infinity;
 /// * [`crate::ErrorKind::Interrupted`] when the observer cancels;
 /// * whatever the denoiser, the noise source or the observer returns.
 pub fn sample(
@@ -176,42 +185,56 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Samples the next unit after `history`.
+    /// Samples the next unit after `history`. Its latent is looked at when it is complete, and no
+    /// earlier unless an observer wants to see it: that would wait for the device. NaN and
+    /// infinity of an early stage are still there: every position goes into the next stage, times
+    /// a factor that is not 0, and then only sums follow. NaN stays NaN in all of it, and infinity
+    /// stays infinite or becomes NaN.
     fn unit(&mut self, history: &History) -> Result<Latent> {
         let Schedule { stages } = self.request.schedule(history.len())?;
-        let mut x = self.stage(0, &stages[0], history)?;
-        for (stage, schedule) in stages.iter().enumerate().skip(1) {
-            x = self.stage(stage, schedule, history)?;
+        let mut seen = None;
+        for (stage, schedule) in stages.iter().enumerate() {
+            let geometry = self.request.stage_geometry(history.len(), stage)?;
+            self.stage(&geometry, schedule, history)?;
+            seen = match self.observer.wants_stages() {
+                true => {
+                    let x = self.latent(geometry.shape, &place(&geometry))?;
+                    self.observer.stage_finished(&geometry, &x)?;
+                    Some(x)
+                }
+                false => None,
+            };
         }
-        Ok(x)
+        let unit = format!("unit {}", history.len());
+        seen.map_or_else(|| self.latent(self.request.unit_shape(), &unit), Ok)
     }
 
     /// Samples one stage of the next unit after `history`.
     fn stage(
         &mut self,
-        stage: usize,
+        geometry: &StageGeometry,
         schedule: &StageSchedule,
         history: &History,
-    ) -> Result<Latent> {
-        let geometry = self.request.stage_geometry(history.len(), stage)?;
-        let entry = self.entry(&geometry).map_err(|e| e.at(place(&geometry)))?;
-        self.check_cancelled(&geometry, 0)?;
-        let clips = history.clips(stage);
-        self.denoiser.begin_stage(&geometry, &clips, &entry).map_err(|e| e.at(place(&geometry)))?;
-        self.steps(&geometry, schedule)?;
-        if let Some(next) = self.stage_after(&geometry)? {
-            self.denoiser.expect_stage(&next).map_err(|e| e.at(place(&next)))?;
+    ) -> Result<()> {
+        let entry = self.entry(geometry).map_err(|e| e.at(place(geometry)))?;
+        self.check_cancelled(geometry, 0)?;
+        let clips = history.clips(geometry.stage);
+        self.denoiser.begin_stage(geometry, &clips, &entry).map_err(|e| e.at(place(geometry)))?;
+        self.steps(geometry, schedule)?;
+        match self.stage_after(geometry)? {
+            Some(next) => self.denoiser.expect_stage(&next).map_err(|e| e.at(place(&next))),
+            None => Ok(()),
         }
-        let x = self.denoiser.end_stage().map_err(|e| e.at(place(&geometry)))?;
-        check_shape(x.shape(), geometry.shape).map_err(|e| e.at(place(&geometry)))?;
+    }
+
+    /// The latent after all steps so far, those of `place`.
+    fn latent(&mut self, shape: LatentShape, place: &str) -> Result<Latent> {
+        let x = self.denoiser.latent().map_err(|e| e.at(place))?;
+        check_shape(x.shape(), shape).map_err(|e| e.at(place))?;
         if !x.is_finite() {
-            return Err(Error::numeric(format!(
-                "{}: the latent holds NaN or infinity",
-                place(&geometry)
-            ))
-            .hint("check the checkpoint for damage, or lower the guidance"));
+            return Err(Error::numeric(format!("{place}: the latent holds NaN or infinity"))
+                .hint("check the checkpoint for damage, or lower the guidance"));
         }
-        self.observer.stage_finished(&geometry, &x)?;
         Ok(x)
     }
 

@@ -247,6 +247,28 @@ fn plan_tells_what_waits_in_memory_and_what_in_a_file() {
 }
 
 #[test]
+fn plan_refuses_a_host_limit_without_a_gpu() {
+    let bench = Bench::new();
+    let plan = ["plan", "--model", "sd3-384p", "--units", "1", "--json"];
+    let typed = plan.iter().chain(&["--max-host", "4G"]).copied();
+    bench.run(typed).fails(2, &["--max-host limits", "add --max-vram SIZE"]);
+    // One that stands for all commands is beside a GPU's only.
+    let max_host = |variables: &[(&str, &str)]| {
+        let mut command = bench.command(plan);
+        command.envs(variables.iter().copied());
+        let run = bench.start(command).finish().ok();
+        serde_json::from_str::<Value>(&run.text()).expect("JSON")["max_host"].clone()
+    };
+    let (host, gpu) = (("PYRAFLOW_MAX_HOST", "4G"), ("PYRAFLOW_MAX_VRAM", "6G"));
+    assert_eq!(max_host(&[host]), Value::Null);
+    assert_eq!(max_host(&[host, gpu]), 4u64 << 30);
+    bench.write("a.toml", "max-host = \"3G\"\n");
+    let file = ("PYRAFLOW_CONFIG", "a.toml");
+    assert_eq!(max_host(&[file]), Value::Null);
+    assert_eq!(max_host(&[file, gpu]), 3u64 << 30);
+}
+
+#[test]
 fn help_and_version_work_and_unknown_arguments_do_not() {
     let bench = Bench::new();
     let help = bench.run(["generate", "--help"]).ok().text();

@@ -172,6 +172,7 @@ struct Recorder {
     steps: Cell<usize>,
     cancel_after: Option<usize>,
     refuse_unit: Option<usize>,
+    stages: bool,
 }
 
 impl Observer for Recorder {
@@ -184,6 +185,10 @@ impl Observer for Recorder {
             stage.timesteps.len()
         ));
         Ok(())
+    }
+
+    fn wants_stages(&self) -> bool {
+        self.stages
     }
 
     fn stage_finished(&mut self, stage: &StageGeometry, latent: &Latent) -> Result<()> {
@@ -223,7 +228,7 @@ fn the_observer_sees_everything_in_order() {
         video_steps: [1, 1, 1],
         ..request(Mode::TextToVideo)
     };
-    let mut recorder = Recorder::default();
+    let mut recorder = Recorder { stages: true, ..Recorder::default() };
     let latents = observe(&request, Analytic::default(), &mut recorder).unwrap();
     assert_eq!(recorder.units, latents);
     let expected = [
@@ -254,14 +259,38 @@ fn cancelling_stops_before_the_next_step_and_loses_no_unit() {
     assert_eq!(observe(&request, Analytic::default(), &mut recorder).unwrap(), whole);
 }
 
+/// Asking for it waits for a device.
 #[test]
-fn nan_stops_the_run_at_its_stage() {
-    let model = Analytic { poison: Some((2, 1)), ..Analytic::default() };
-    let mut recorder = Recorder::default();
-    let error = observe(&request(Mode::ImageToVideo), model, &mut recorder).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Numeric);
-    assert!(error.to_string().starts_with("unit 2, stage 1: "), "{error}");
-    assert_eq!(recorder.units.len(), 1);
+fn the_latent_is_asked_for_once_a_unit_unless_stages_are_wanted() {
+    let request = request(Mode::ImageToVideo);
+    let last = (1..request.units).map(|unit| (unit, 2));
+    let every = (1..request.units).flat_map(|unit| (0..3).map(move |stage| (unit, stage)));
+    let mut found = Vec::new();
+    for (stages, expected) in [(false, last.collect::<Vec<_>>()), (true, every.collect())] {
+        let mut recorder = Recorder { stages, ..Recorder::default() };
+        let (mut model, noise) = (Analytic::default(), &mut PhiloxNoise { seed: 6 });
+        let latents = sample(&request, vec![image()], &mut model, noise, &mut recorder).unwrap();
+        assert_eq!(model.asked, expected);
+        let seen = recorder.events.iter().filter(|e| e.contains('.') && e.ends_with("done"));
+        assert_eq!(seen.count(), if stages { expected.len() } else { 0 });
+        found.push(latents);
+    }
+    assert_eq!(found[0], found[1]);
+}
+
+#[test]
+fn nan_and_infinity_of_any_stage_stop_the_run_at_its_unit() {
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for (stage, stages) in (0..3).flat_map(|stage| [(stage, false), (stage, true)]) {
+            let model = Analytic { poison: Some((2, stage, value)), ..Analytic::default() };
+            let mut recorder = Recorder { stages, ..Recorder::default() };
+            let error = observe(&request(Mode::ImageToVideo), model, &mut recorder).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Numeric);
+            let place = if stages { format!("unit 2, stage {stage}") } else { "unit 2".into() };
+            assert_eq!(error.to_string(), format!("{place}: the latent holds NaN or infinity"));
+            assert_eq!(recorder.units.len(), 1);
+        }
+    }
 }
 
 #[test]

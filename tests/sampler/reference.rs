@@ -60,8 +60,10 @@ pub struct Analytic {
     pub history: Vec<FrameClip>,
     pub calls: Vec<(usize, usize, Step)>,
     pub bf16: bool,
-    /// Where to return NaN, if anywhere.
-    pub poison: Option<(usize, usize)>,
+    /// A unit and a stage whose steps give this for one value, if any do.
+    pub poison: Option<(usize, usize, f32)>,
+    /// The stages after which the latent was asked for.
+    pub asked: Vec<(usize, usize)>,
 }
 
 impl Analytic {
@@ -111,8 +113,11 @@ impl Denoiser for Analytic {
         });
         let negative = step.guidance.map(|scale| (&negative[..], scale));
         guided_euler_step(x.data_mut(), &positive, negative, step.dsigma);
-        if self.poison == Some((stage.unit, stage.stage)) {
-            x.data_mut()[7] = f32::NAN;
+        match self.poison {
+            Some((unit, at, value)) if (unit, at) == (stage.unit, stage.stage) => {
+                x.data_mut()[7] = value;
+            }
+            _ => {}
         }
         if stage.rounded {
             x.round_to_bf16();
@@ -126,7 +131,9 @@ impl Denoiser for Analytic {
         Ok(())
     }
 
-    fn end_stage(&mut self) -> Result<Latent> {
+    fn latent(&mut self) -> Result<Latent> {
+        let stage = self.stage.as_ref().expect("begin_stage comes first");
+        self.asked.push((stage.unit, stage.stage));
         Ok(self.x.clone().expect("begin_stage comes first"))
     }
 }

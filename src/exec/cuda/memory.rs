@@ -1,4 +1,5 @@
-//! Pieces of device memory that hold one tensor each, perhaps between guard zones.
+//! Pieces of device memory that hold one tensor each, perhaps between guard zones, and what is
+//! kept of removed graphs for those to come.
 
 use std::sync::Arc;
 
@@ -12,9 +13,13 @@ const GUARD: usize = 4096;
 
 /// Memory of one tensor.
 pub(super) struct Piece {
-    memory: DeviceMemory,
+    address: Address,
+    bytes: usize,
     name: String,
+    /// Bytes of the guard zones before and after it.
     guard: usize,
+    /// `None` for a part of memory that is kept elsewhere.
+    _memory: Option<DeviceMemory>,
 }
 
 impl Piece {
@@ -28,26 +33,31 @@ impl Piece {
     ) -> Result<Piece> {
         let guard = if fenced { GUARD } else { 0 };
         let memory = DeviceMemory::new(context, bytes + 2 * guard, name)?;
-        let piece = Piece { memory, name: name.to_string(), guard };
         if fenced {
             // SAFETY: the memory was just allocated.
-            unsafe { stream.fill(piece.memory.address(), PATTERN, piece.memory.bytes())? };
+            unsafe { stream.fill(memory.address(), PATTERN, memory.bytes())? };
         }
-        Ok(piece)
+        let address = memory.address() + guard as u64;
+        Ok(Piece { address, bytes, name: name.to_string(), guard, _memory: Some(memory) })
+    }
+
+    /// The `bytes` at `address` of memory that outlives the piece.
+    pub fn within(address: Address, bytes: usize, name: &str) -> Piece {
+        Piece { address, bytes, name: name.to_string(), guard: 0, _memory: None }
     }
 
     pub fn address(&self) -> Address {
-        self.memory.address() + self.guard as u64
+        self.address
     }
 
     pub fn bytes(&self) -> usize {
-        self.memory.bytes() - 2 * self.guard
+        self.bytes
     }
 
     /// Fails if a guard zone has been written to. The stream must be idle.
     pub fn check(&self, stream: &Stream) -> Result<()> {
-        let end = self.address() + self.bytes() as u64;
-        for (start, side) in [(self.memory.address(), "before"), (end, "after")] {
+        let (first, end) = (self.address - self.guard as u64, self.address + self.bytes as u64);
+        for (start, side) in [(first, "before"), (end, "after")] {
             let mut zone = vec![0; self.guard];
             // SAFETY: the zone lies within the memory, and the stream is waited for.
             unsafe { stream.download(&mut zone, start)? };
@@ -61,5 +71,63 @@ impl Piece {
             }
         }
         Ok(())
+    }
+}
+
+/// Memory of removed graphs, which nothing queued uses any more, for graphs to come. The driver
+/// takes none back before the device has done all that is queued.
+#[derive(Default)]
+pub(super) struct Spare(Vec<DeviceMemory>);
+
+impl Spare {
+    /// Keeps `memory`.
+    pub fn keep(&mut self, memory: DeviceMemory) {
+        self.0.push(memory);
+    }
+
+    /// At least `bytes` of memory: the smallest kept piece that has them. If all are smaller
+    /// they go, so that no more is held than graphs need at one time, and what is allocated in
+    /// their place has `largest` bytes, if that is more: it will do for those to come.
+    pub fn take(
+        &mut self,
+        context: &Arc<Context>,
+        bytes: usize,
+        largest: usize,
+        what: &str,
+    ) -> Result<DeviceMemory> {
+        let sizes: Vec<usize> = self.0.iter().map(DeviceMemory::bytes).collect();
+        match smallest_of(&sizes, bytes) {
+            Some(index) => Ok(self.0.swap_remove(index)),
+            None => {
+                let grows = !self.0.is_empty();
+                self.0.clear();
+                DeviceMemory::new(context, if grows { bytes.max(largest) } else { bytes }, what)
+            }
+        }
+    }
+
+    /// Gives everything back.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// Which of `sizes` is the smallest that is not below `bytes`.
+fn smallest_of(sizes: &[usize], bytes: usize) -> Option<usize> {
+    let enough = sizes.iter().enumerate().filter(|(_, size)| **size >= bytes);
+    enough.min_by_key(|(_, size)| **size).map(|(index, _)| index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_that_is_large_enough_is_taken() {
+        let sizes = [64, 256, 128, 256];
+        for (bytes, index) in [(0, Some(0)), (64, Some(0)), (65, Some(2)), (129, Some(1))] {
+            assert_eq!(smallest_of(&sizes, bytes), index, "{bytes} bytes");
+        }
+        assert_eq!((smallest_of(&sizes, 257), smallest_of(&[], 0)), (None, None));
     }
 }

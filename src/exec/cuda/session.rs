@@ -1,8 +1,9 @@
 //! Graphs on the device: running them.
 
+mod graphs;
 mod placing;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -13,7 +14,7 @@ use super::Cuda;
 use super::cublaslt::CublasLt;
 use super::driver::{Address, Context, DeviceMemory, Event, Recorded, Stream};
 use super::kernels::Kernels;
-use super::memory::{PATTERN, Piece};
+use super::memory::{PATTERN, Piece, Spare};
 use super::ops;
 use super::readback::Readback;
 use super::step::Step;
@@ -29,6 +30,11 @@ use crate::{Error, Result};
 /// Bytes written between timed runs, so that the next finds no data in the cache: several
 /// times the 60 MB of the largest.
 const FLUSH: usize = 256 << 20;
+
+/// How many runs may be queued that have not ended: enough to keep the device busy while the host
+/// makes the next graph, and few enough that what is reported as done is nearly done, and that
+/// who wants to stop need not wait long.
+const RUNS_AHEAD: usize = 8;
 
 /// Where a tensor lies in device memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,6 +53,8 @@ struct Planned {
     plan: Plan,
     /// Memory of inputs and constants, and of all roots in a fenced session.
     own: HashMap<TensorId, Piece>,
+    /// What those pieces lie in, outside of fenced sessions.
+    memory: Option<DeviceMemory>,
     tables: Tables,
     schedule: Schedule,
     steps: Vec<Step>,
@@ -58,6 +66,14 @@ struct Planned {
     ran: bool,
     /// All steps as one, once the graph has run before.
     recorded: Option<Recorded>,
+}
+
+/// A removed graph that queued work may still use.
+struct Retired {
+    planned: Planned,
+    /// Marks what was queued before it was removed. That covers what came in for it on other
+    /// streams, which its nodes wait for; what goes out uses memory of the session only.
+    done: Event,
 }
 
 /// Graphs that share weights, an arena and states on one GPU.
@@ -74,6 +90,12 @@ pub(super) struct CudaSession {
     traffic: Traffic,
     weights: DeviceWeights,
     graphs: Vec<Option<Planned>>,
+    retired: Vec<Retired>,
+    /// For inputs and constants, and for attention tables.
+    spare: Spare,
+    spare_tables: Spare,
+    /// Each marks the end of a run, the oldest first.
+    runs: VecDeque<Event>,
     arena: Option<DeviceMemory>,
     scratch: Option<DeviceMemory>,
     readback: Readback,
@@ -101,6 +123,10 @@ impl CudaSession {
             fenced: backend.fenced,
             weights: DeviceWeights::new(weights),
             graphs: Vec::new(),
+            retired: Vec::new(),
+            spare: Spare::default(),
+            spare_tables: Spare::default(),
+            runs: VecDeque::new(),
             arena: None,
             scratch: None,
             readback: Readback::default(),
@@ -219,6 +245,21 @@ impl CudaSession {
         self.traffic.settle()
     }
 
+    /// Waits until few enough runs are queued, the last one included.
+    fn pace(&mut self) -> Result<()> {
+        let oldest = if self.runs.len() < RUNS_AHEAD { None } else { self.runs.pop_front() };
+        let end = match oldest {
+            Some(event) => {
+                event.synchronize()?;
+                event
+            }
+            None => Event::new(&self.context)?,
+        };
+        end.record(&self.stream)?;
+        self.runs.push_back(end);
+        Ok(())
+    }
+
     /// Makes the steps of `graph` anew if memory has moved since.
     fn refresh(&mut self, graph: GraphId) -> Result<()> {
         let planned = self.planned(graph)?;
@@ -274,34 +315,19 @@ impl Session for CudaSession {
                 )));
             }
         }
-        // All that is allocated is new: graphs that are queued may go on meanwhile.
-        let uploader = self.uploader.clone();
-        // A panic elsewhere leaves nothing behind that the next upload minds.
-        let mut uploader = uploader.lock().unwrap_or_else(PoisonError::into_inner);
-        self.weights.load(&graph, &self.residency, &self.context, &self.kernels, &mut uploader)?;
-        let plan = Plan::staged(&graph, DType::bytes, &self.residency);
-        let own = self.allocate(&graph, &plan, &mut uploader)?;
-        let tables =
-            Tables::new(&graph, &self.kernels, &self.weights, &self.context, &mut uploader)?;
-        drop(uploader);
-        let schedule = Schedule::new(&graph, &plan, &self.residency, &self.context)?;
-        self.traffic.reserve(&schedule)?;
-        let scratch = ops::scratch_bytes(&graph, &self.kernels, self.cublaslt.is_some());
-        self.reserve(plan.arena_bytes().max(self.residency.arena()), scratch)?;
-        let (steps, made_for) = (Vec::new(), self.bases());
-        let (fresh, ran, recorded) = (true, false, None);
-        let mut planned =
-            Planned { graph, plan, own, tables, schedule, steps, made_for, fresh, ran, recorded };
-        planned.steps = self.prepare(&planned)?;
-        self.graphs.push(Some(planned));
-        Ok(GraphId(self.graphs.len() - 1))
+        self.reclaim()?;
+        let added = self.plan(graph);
+        if added.is_err() {
+            // Whoever tries again, or something else, has all the room there is.
+            self.spare.clear();
+            self.spare_tables.clear();
+        }
+        added
     }
 
     fn remove(&mut self, graph: GraphId) {
-        // A failure of what is queued shows at the next call.
-        let _ = self.settle();
-        if let Some(slot) = self.graphs.get_mut(graph.0) {
-            *slot = None;
+        if let Some(planned) = self.graphs.get_mut(graph.0).and_then(Option::take) {
+            self.retire(planned);
         }
     }
 
@@ -358,7 +384,8 @@ impl Session for CudaSession {
     fn run(&mut self, graph: GraphId) -> Result<()> {
         self.refresh(graph)?;
         if !self.fenced {
-            return self.queue(graph);
+            self.queue(graph)?;
+            return self.pace();
         }
         self.stream.bind()?;
         self.poison(self.planned(graph)?)?;

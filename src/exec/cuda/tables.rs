@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::driver::{Address, Context, DeviceMemory};
 use super::kernels::Kernels;
+use super::memory::Spare;
 use super::ops::attention::Variant;
 use super::params::{AttentionTile, KeyRange};
 use super::upload::Uploader;
@@ -30,18 +31,19 @@ pub(super) struct AttentionTables {
 
 /// The tables of a graph on the device.
 pub(super) struct Tables {
-    _memory: DeviceMemory,
+    memory: DeviceMemory,
     by_node: HashMap<usize, AttentionTables>,
 }
 
 impl Tables {
     /// Makes and uploads the tables of all attention nodes; nodes with the same segments
-    /// share theirs.
+    /// share theirs. Memory is taken from `spare`.
     pub fn new(
         graph: &Graph,
         kernels: &Kernels,
         weights: &DeviceWeights,
         context: &Arc<Context>,
+        spare: &mut Spare,
         uploader: &mut Uploader,
     ) -> Result<Tables> {
         let mut bytes = Vec::new();
@@ -63,7 +65,9 @@ impl Tables {
             };
             by_node.insert(index, tables);
         }
-        let memory = DeviceMemory::new(context, bytes.len(), "attention tables")?;
+        // In steps, since tables grow with the history and nobody has planned for them.
+        let largest = bytes.len().next_power_of_two();
+        let memory = spare.take(context, bytes.len(), largest, "attention tables")?;
         uploader.bring(&bytes, memory.address())?;
         for tables in by_node.values_mut() {
             tables.tiles += memory.address();
@@ -72,7 +76,12 @@ impl Tables {
                 tables.bias += memory.address();
             }
         }
-        Ok(Tables { _memory: memory, by_node })
+        Ok(Tables { memory, by_node })
+    }
+
+    /// What they lie in, for others.
+    pub fn into_memory(self) -> DeviceMemory {
+        self.memory
     }
 
     /// The tables of the attention node `index`.

@@ -18,13 +18,26 @@ impl CudaSession {
         Piece::new(&self.context, bytes, name, self.fenced, &self.stream)
     }
 
-    /// Allocates what `graph` keeps between runs, and uploads its constants.
+    /// Takes memory for what `graph` keeps between runs, and uploads its constants. Inputs and
+    /// constants lie in one piece, which is returned as well; in a fenced session each has its
+    /// own.
     pub(super) fn allocate(
         &mut self,
         graph: &Graph,
         plan: &Plan,
         uploader: &mut Uploader,
-    ) -> Result<HashMap<TensorId, Piece>> {
+    ) -> Result<(HashMap<TensorId, Piece>, Option<DeviceMemory>)> {
+        let (bytes, largest) = (plan.own_bytes() as usize, self.residency.own() as usize);
+        let memory = match self.fenced || bytes == 0 {
+            true => None,
+            false => Some(self.spare.take(&self.context, bytes, largest, "inputs")?),
+        };
+        let piece = |session: &Self, id, bytes, name: &str| match (&memory, plan.own_offset(id)) {
+            (Some(memory), Some(offset)) => {
+                Ok(Piece::within(memory.address() + offset, bytes, name))
+            }
+            _ => session.piece(bytes, name),
+        };
         let mut own = HashMap::new();
         for (i, tensor) in graph.tensors().iter().enumerate() {
             let id = TensorId(i as u32);
@@ -33,9 +46,9 @@ impl CudaSession {
             }
             let bytes = tensor.len() * tensor.dtype.bytes();
             match &tensor.role {
-                Role::Input => drop(own.insert(id, self.piece(bytes, &tensor.name)?)),
+                Role::Input => drop(own.insert(id, piece(self, id, bytes, &tensor.name)?)),
                 Role::Constant(c) => {
-                    let piece = self.piece(bytes, &tensor.name)?;
+                    let piece = piece(self, id, bytes, &tensor.name)?;
                     if self.fenced {
                         // Its memory is being filled.
                         self.stream.synchronize()?;
@@ -60,7 +73,7 @@ impl CudaSession {
                 Role::Intermediate | Role::Output => {}
             }
         }
-        Ok(own)
+        Ok((own, memory))
     }
 
     /// Sees to it that the arena and the scratch memory are large enough.
