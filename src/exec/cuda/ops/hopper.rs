@@ -3,11 +3,13 @@
 
 use std::fmt;
 
+use serde::Serialize;
+
 use crate::exec::cuda::kernels::blocks;
 use crate::{Error, Result};
 
 /// What one block computes at a time, and how long it takes for that on an H200.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(super) struct Tile {
     pub rows: usize,
     pub columns: usize,
@@ -52,6 +54,9 @@ impl Tile {
 /// The tile that finishes first, and the grid of blocks that stay and take one tile after
 /// another. `units` gives for each product the number of its tiles (pairs of tiles for a cluster
 /// of 2) and its inner dimension.
+///
+/// `tools/fit_tiles.py` fits the times of tiles to the same model: its `work` must agree with `cost`
+/// here, its `nanoseconds` with [`Tile::nanoseconds`].
 pub(super) fn cheapest<'a>(
     tiles: impl Iterator<Item = &'a Tile>,
     multiprocessors: usize,
