@@ -8,12 +8,19 @@
 //!
 //! `cargo bench --bench ops [-- NAME ... --variant NAME --repeats N --json FILE]`. With
 //! `--cpu --scale small` it shows its table on a machine without a GPU.
+//!
+//! On a GPU of compute capability 9.0, `-- linear --tile NAME --json FILE` has all linear layers
+//! computed in one tile, and `--tile all` in the one that is chosen for each and in every other:
+//! `tools/fit_tiles.py` fits the times to that which the choice goes by.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use pyraflow::cases::{Case, Gpu, Scale, cases, gpu};
+use pyraflow::exec::cuda::LinearTile;
 use pyraflow::exec::{Backend, Cpu};
+use pyraflow::graph::Op;
 use pyraflow::{ErrorKind, Result};
 use serde_json::{Value, json};
 
@@ -22,6 +29,8 @@ struct Options {
     repeats: usize,
     json: Option<PathBuf>,
     variant: Option<String>,
+    /// Tiles of linear layers, one after another; `None` leaves the choice to the backend.
+    tiles: Vec<Option<LinearTile>>,
     filters: Vec<String>,
     cpu: bool,
 }
@@ -33,6 +42,7 @@ impl Options {
             repeats: 20,
             json: None,
             variant: None,
+            tiles: vec![None],
             filters: Vec::new(),
             cpu: false,
         };
@@ -47,6 +57,7 @@ impl Options {
                 }
                 "--json" => options.json = Some(value()?.into()),
                 "--variant" => options.variant = Some(value()?),
+                "--tile" => options.tiles = tiles(&value()?)?,
                 "--cpu" => options.cpu = true,
                 // What cargo adds.
                 "--bench" => {}
@@ -54,7 +65,22 @@ impl Options {
                 _ => options.filters.push(arg),
             }
         }
+        if options.forces_tiles() && (options.cpu || options.variant.is_some()) {
+            return Err("--tile goes with neither --cpu nor --variant".into());
+        }
         Ok(options)
+    }
+
+    fn forces_tiles(&self) -> bool {
+        self.tiles.iter().any(Option::is_some)
+    }
+}
+
+/// What `--tile` asks for: the tile that is chosen first, so that it need not be measured again.
+fn tiles(name: &str) -> Result<Vec<Option<LinearTile>>, String> {
+    match name {
+        "all" => Ok([None].into_iter().chain(LinearTile::all().into_iter().map(Some)).collect()),
+        _ => Ok(vec![Some(name.parse().map_err(|e| format!("--tile: {e}, or all"))?)]),
     }
 }
 
@@ -63,21 +89,31 @@ struct Device<'a> {
     name: String,
     driver: String,
     variant: &'a str,
-    backend: &'a dyn Backend,
+    multiprocessors: Option<u32>,
+    /// Each with the tile of its linear layers, where that is forced.
+    backends: Vec<(Option<LinearTile>, &'a dyn Backend)>,
     /// Bytes per second of a large copy.
     copy_rate: Option<f64>,
 }
 
 impl<'a> Device<'a> {
-    fn of(gpu: &'a Gpu, variant: Option<&str>) -> Result<Device<'a>, String> {
+    fn of(gpu: &'a Gpu, options: &Options) -> Result<Device<'a>, String> {
+        let variant = options.variant.as_deref();
         let names: Vec<_> = gpu.variants.iter().map(|v| v.name).collect();
         let found = gpu.variants.iter().find(|v| variant.is_none_or(|name| v.name == name));
         let found = found.ok_or(format!("no such --variant: {}", names.join(", ")))?;
+        let backend = |&tile: &Option<LinearTile>| {
+            let Some(tile) = tile else { return Some((None, &*found.plain)) };
+            let forced = gpu.tiles.iter().find(|(of, _)| *of == tile);
+            forced.map(|(tile, backend)| (Some(*tile), &**backend))
+        };
+        let backends: Option<Vec<_>> = options.tiles.iter().map(backend).collect();
         Ok(Device {
             name: gpu.name.clone(),
             driver: gpu.driver.clone(),
             variant: found.name,
-            backend: &*found.plain,
+            multiprocessors: Some(gpu.multiprocessors),
+            backends: backends.ok_or(format!("--tile: no kernels in tiles for {}", gpu.name))?,
             copy_rate: Some((gpu.copy_rate)().map_err(|e| e.to_string())?),
         })
     }
@@ -98,15 +134,54 @@ fn commit() -> String {
     }
 }
 
-/// Prints a line of the table and returns it for the file.
-fn measure(case: &Case, device: &Device<'_>, repeats: usize) -> Result<Value> {
-    let mut times = case.open(device.backend)?.time(repeats)?;
+/// Rows, columns and inner dimension of every linear layer of the case.
+fn products(case: &Case, backend: &dyn Backend) -> Result<Vec<[usize; 3]>> {
+    let mut products = Vec::new();
+    for graph in case.record(backend.activations())? {
+        for node in graph.nodes().iter().filter(|node| matches!(node.op, Op::Linear { .. })) {
+            let [x, out] = [node.inputs[0], node.output].map(|id| graph.tensor(id));
+            products.push([x.rows(), out.cols(), x.cols()]);
+        }
+    }
+    Ok(products)
+}
+
+/// Prints a line of the table for every backend of the device that does not start the same kernels
+/// as one before it, and returns them for the file.
+fn measure(case: &Case, device: &Device<'_>, repeats: usize) -> Result<Vec<Value>> {
+    let (mut seen, mut lines) = (HashSet::new(), Vec::new());
+    let in_tiles = device.backends.iter().any(|(tile, _)| tile.is_some());
+    for &(tile, backend) in &device.backends {
+        let mut running = case.open(backend)?;
+        let kernels = running.kernels()?;
+        if seen.insert(kernels.clone()) {
+            let mut line = measured(case, running.time(repeats)?, backend, device.copy_rate)?;
+            if in_tiles {
+                print!("   {}", kernels.join(" "));
+                line["tile"] = json!(tile.map(|tile| tile.to_string()));
+                line["kernels"] = json!(kernels);
+                line["products"] = json!(products(case, backend)?);
+            }
+            println!();
+            lines.push(line);
+        }
+    }
+    Ok(lines)
+}
+
+/// Prints a line of the table, but for its end, and returns it.
+fn measured(
+    case: &Case,
+    mut times: Vec<f64>,
+    backend: &dyn Backend,
+    copy_rate: Option<f64>,
+) -> Result<Value> {
     times.sort_by(f64::total_cmp);
     let seconds = times[times.len() / 2];
-    let (flops, bytes) = case.work(device.backend.activations())?;
+    let (flops, bytes) = case.work(backend.activations())?;
     let [flop_rate, byte_rate] = [flops, bytes].map(|n| n as f64 / seconds);
-    let of_copy = device.copy_rate.map(|rate| byte_rate / rate);
-    println!(
+    let of_copy = copy_rate.map(|rate| byte_rate / rate);
+    print!(
         "{:<62}{:>11.3}{:>10}{:>10.1}{:>9}",
         case.name,
         seconds * 1e3,
@@ -158,19 +233,20 @@ fn bench(options: &Options, device: &Device<'_>) -> Result<(), String> {
     let mut results = Vec::new();
     for case in &selected {
         match measure(case, device, options.repeats) {
-            Ok(result) => results.push(result),
+            Ok(lines) => results.extend(lines),
             Err(e) if e.kind() == ErrorKind::Memory => println!("{:<62} skipped: {e}", case.name),
             Err(e) => return Err(format!("{}: {e}", case.name)),
         }
     }
     // Part of the cases must not replace a file of all.
-    let whole = options.filters.is_empty() && !options.cpu;
+    let whole = options.filters.is_empty() && !options.cpu && !options.forces_tiles();
     let path = options.json.clone().or(whole.then(|| default_file(device, options.scale)));
     let Some(path) = path else { return Ok(()) };
-    let file = json!({
+    let mut file = json!({
         "device": device.name,
         "driver": device.driver,
         "kernels": device.variant,
+        "multiprocessors": device.multiprocessors,
         "pyraflow": env!("CARGO_PKG_VERSION"),
         "commit": commit(),
         "scale": options.scale.to_string(),
@@ -178,6 +254,9 @@ fn bench(options: &Options, device: &Device<'_>) -> Result<(), String> {
         "copy_gbytes_per_second": device.copy_rate.map(|rate| rate / 1e9),
         "results": results,
     });
+    if options.forces_tiles() {
+        file["tiles"] = json!(LinearTile::kernels());
+    }
     println!("\nwritten to {}", path.display());
     std::fs::write(&path, format!("{file:#}\n"))
         .map_err(|e| format!("cannot write {}: {e}", path.display()))
@@ -189,11 +268,13 @@ fn run() -> Result<(), String> {
         let cpu = Cpu::rounding_to_bf16();
         let name = cpu.description();
         let driver = "none".into();
-        let device = Device { name, driver, variant: "CPU", backend: &cpu, copy_rate: None };
+        let backends: Vec<(_, &dyn Backend)> = vec![(None, &cpu)];
+        let (variant, multiprocessors, copy_rate) = ("CPU", None, None);
+        let device = Device { name, driver, variant, multiprocessors, backends, copy_rate };
         return bench(&options, &device);
     }
     match gpu() {
-        Ok(gpu) => bench(&options, &Device::of(&gpu, options.variant.as_deref())?),
+        Ok(gpu) => bench(&options, &Device::of(&gpu, &options)?),
         Err(reason) => {
             println!("GPU: skipped, {reason}");
             Ok(())

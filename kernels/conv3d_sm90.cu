@@ -29,7 +29,6 @@
 //   conv3d_sm90_256x128        256×128   256    128               4        229440
 //   conv3d_sm90_128x256_pair   128×256   128    128               4        229440   cluster of 2
 //   conv3d_sm90_128x128        128×128   128    128               6        229472
-//   conv3d_sm90_128x128_pair   128×128   128     64               6        229472   cluster of 2, in turn
 //   conv3d_sm90_128x64         128×64    128     64               8        229504
 // `carried` is not read where the pointer is null; any bytes will do.
 //
@@ -230,14 +229,13 @@ __device__ __forceinline__ void conv3d(const ConvSm90Params& p) {
         name(const __grid_constant__ ConvSm90Params p) {                           \
         conv3d<Tile<rows, columns, 1>>(p);                                         \
     }
-#define CONV_PAIR_KERNEL(name, rows, columns, in_turn)                             \
+#define CONV_PAIR_KERNEL(name, rows, columns)                                      \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) \
         name(const __grid_constant__ ConvSm90Params p) {                           \
-        conv3d<Tile<rows, columns, 2, in_turn>>(p);                                \
+        conv3d<Tile<rows, columns, 2>>(p);                                         \
     }
 
 CONV_KERNEL(conv3d_sm90_256x128, 256, 128)
-CONV_PAIR_KERNEL(conv3d_sm90_128x256_pair, 128, 256, false)
+CONV_PAIR_KERNEL(conv3d_sm90_128x256_pair, 128, 256)
 CONV_KERNEL(conv3d_sm90_128x128, 128, 128)
-CONV_PAIR_KERNEL(conv3d_sm90_128x128_pair, 128, 128, true)
 CONV_KERNEL(conv3d_sm90_128x64, 128, 64)

@@ -390,6 +390,8 @@ fn pretended() -> Gpu {
         name: "none, the CPU pretends".into(),
         driver: "none".into(),
         variants: vec![Variant { name: "CPU", plain, fenced }],
+        multiprocessors: 0,
+        tiles: Vec::new(),
         copy_rate: Box::new(|| Err(pyraflow::Error::device("no device"))),
     }
 }

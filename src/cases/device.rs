@@ -1,7 +1,7 @@
 //! The GPU that cases run on.
 
 use crate::Result;
-use crate::exec::cuda::{Gemm, probe};
+use crate::exec::cuda::{Gemm, LinearTile, probe};
 use crate::exec::{Backend, Cuda};
 
 /// A way to run on the GPU.
@@ -22,6 +22,11 @@ pub struct Gpu {
     pub driver: String,
     /// Every way to run on it; the first is the fastest.
     pub variants: Vec<Variant>,
+    /// Number of its multiprocessors.
+    pub multiprocessors: u32,
+    /// The first variant with all linear layers in one tile: none where no kernel of this GPU has
+    /// such tiles.
+    pub tiles: Vec<(LinearTile, Box<dyn Backend>)>,
     /// Measures the bytes per second of a large copy within the device's memory, read and
     /// write counted.
     pub copy_rate: Box<dyn Fn() -> Result<f64> + Send + Sync>,
@@ -52,7 +57,12 @@ pub fn gpu() -> Result<Gpu, String> {
     if probe::cublaslt().is_some() {
         variants.push(variant("cublaslt", cuda.clone().with_gemm(Gemm::CublasLt)));
     }
+    let in_tile = |tile| -> (LinearTile, Box<dyn Backend>) {
+        (tile, Box::new(cuda.clone().with_gemm(Gemm::Tile(tile))))
+    };
     Ok(Gpu {
+        multiprocessors: cuda.multiprocessors(),
+        tiles: cuda.linear_tiles().into_iter().map(in_tile).collect(),
         name: cuda.info().name.clone(),
         driver: report.driver.and_then(|d| d.version).unwrap_or_default(),
         variants,

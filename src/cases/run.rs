@@ -98,6 +98,16 @@ impl Running {
         Ok(outputs)
     }
 
+    /// Names of the program's kernels that a run of all graphs starts, in order, where the backend
+    /// has such.
+    ///
+    /// # Errors
+    /// As for [`Session::kernels`].
+    pub fn kernels(&self) -> Result<Vec<&'static str>> {
+        let of = |&graph: &GraphId| self.session.kernels(graph);
+        Ok(self.graphs.iter().map(of).collect::<Result<Vec<_>>>()?.concat())
+    }
+
     /// Seconds of each of `repeats` runs of all graphs, after one run to warm up.
     ///
     /// # Errors

@@ -164,6 +164,16 @@ pub trait Session: Send {
     /// NaN or infinite.
     fn fetch_pixels(&mut self, graph: GraphId, tensor: TensorId) -> Result<Pending<Vec<u8>>>;
 
+    /// Names of this program's kernels that a run of `graph` starts, in order: for measurements.
+    /// None on a backend without such.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] when the graph was removed.
+    fn kernels(&self, graph: GraphId) -> Result<Vec<&'static str>> {
+        let _ = graph;
+        Ok(Vec::new())
+    }
+
     /// Runs `graph` once to warm up and then `repeats` times, and returns the seconds each
     /// run took on the device. Caches are flushed in between where the device can.
     ///

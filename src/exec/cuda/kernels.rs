@@ -122,7 +122,6 @@ const FILES: &[File] = &[
         name: "conv3d_sm90",
         entries: &[
             ("conv3d_sm90_256x128", 384, 229_440),
-            ("conv3d_sm90_128x128_pair", 384, 229_472),
             ("conv3d_sm90_128x256_pair", 384, 229_440),
             ("conv3d_sm90_128x128", 384, 229_472),
             ("conv3d_sm90_128x64", 384, 229_504),

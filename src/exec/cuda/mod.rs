@@ -31,6 +31,7 @@ use crate::tensor::{DType, WeightSource};
 use courier::Courier;
 use driver::{Context, DeviceMemory, Event, Stream};
 use kernels::Kernels;
+pub use ops::LinearTile;
 pub use probe::GpuInfo;
 use upload::Uploader;
 
@@ -56,6 +57,18 @@ pub enum Gemm {
     /// or added to what is there, and results in f32 without a bias. Opening a session fails
     /// where it is not installed.
     CublasLt,
+    /// This program's kernels, those for GPUs of compute capability 9.0 in this tile where they
+    /// have it for results of the type, as they choose where not: for measurements.
+    Tile(LinearTile),
+}
+
+impl Gemm {
+    fn tile(self) -> Option<LinearTile> {
+        match self {
+            Gemm::Tile(tile) => Some(tile),
+            Gemm::Automatic | Gemm::Own | Gemm::CublasLt => None,
+        }
+    }
 }
 
 /// The CUDA backend on one GPU.
@@ -163,6 +176,17 @@ impl Cuda {
         &self.info
     }
 
+    /// The tiles that linear layers can be computed in, [`Gemm::Tile`]: none where the kernels that
+    /// have them are not for this GPU.
+    pub fn linear_tiles(&self) -> Vec<LinearTile> {
+        if self.kernels.hopper { LinearTile::all() } else { Vec::new() }
+    }
+
+    /// Number of multiprocessors.
+    pub fn multiprocessors(&self) -> u32 {
+        self.kernels.multiprocessors
+    }
+
     /// Bytes per second of a large copy within device memory, those read and those written
     /// both counted: the ceiling of kernels that are bound by memory.
     ///
@@ -196,7 +220,7 @@ impl Backend for Cuda {
     }
 
     fn description(&self) -> String {
-        match probe::cublaslt().filter(|_| self.gemm != Gemm::Own) {
+        match probe::cublaslt().filter(|_| !matches!(self.gemm, Gemm::Own | Gemm::Tile(_))) {
             Some(version) => format!("{} with cuBLASLt {version}", self.info.name),
             None => self.info.name.clone(),
         }

@@ -15,9 +15,9 @@ use super::cublaslt::CublasLt;
 use super::driver::{Address, Context, DeviceMemory, Event, Recorded, Stream};
 use super::kernels::Kernels;
 use super::memory::{PATTERN, Piece, Spare};
-use super::ops;
+use super::ops::{self, LinearTile};
 use super::readback::Readback;
-use super::step::Step;
+use super::step::{Step, Work};
 use super::tables::Tables;
 use super::traffic::{Schedule, Traffic};
 use super::upload::Uploader;
@@ -84,6 +84,7 @@ pub(super) struct CudaSession {
     kernels: Arc<Kernels>,
     /// Where linear layers go to it.
     cublaslt: Option<CublasLt>,
+    tile: Option<LinearTile>,
     fenced: bool,
     residency: Residency,
     first_run: Arc<OnceLock<Instant>>,
@@ -120,6 +121,7 @@ impl CudaSession {
             context: backend.context.clone(),
             kernels: backend.kernels.clone(),
             cublaslt: ops::linear::library(backend)?,
+            tile: backend.gemm.tile(),
             fenced: backend.fenced,
             weights: DeviceWeights::new(weights),
             graphs: Vec::new(),
@@ -431,6 +433,14 @@ impl Session for CudaSession {
         }
         self.stream.bind()?;
         self.readback.pixels(&self.context, &self.kernels, &self.stream, place)
+    }
+
+    fn kernels(&self, graph: GraphId) -> Result<Vec<&'static str>> {
+        let name = |step: &Step| match &step.work {
+            Work::Launch { kernel, .. } => Some(kernel.name),
+            Work::Matmul(_) | Work::Copy { .. } | Work::Clear { .. } => None,
+        };
+        Ok(self.planned(graph)?.steps.iter().filter_map(name).collect())
     }
 
     fn time(&mut self, graph: GraphId, repeats: usize) -> Result<Vec<f64>> {

@@ -3,11 +3,13 @@
 
 use std::fmt;
 
+use serde::Serialize;
+
 use crate::exec::cuda::kernels::blocks;
 use crate::{Error, Result};
 
 /// What one block computes at a time, and how long it takes for that on an H200.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(super) struct Tile {
     pub rows: usize,
     pub columns: usize,
@@ -39,6 +41,19 @@ impl Tile {
     /// Inner dimension of one step of the main loop.
     const DEPTH: usize = 64;
 
+    /// Clusters that run at once.
+    fn clusters(&self, multiprocessors: usize) -> usize {
+        multiprocessors / (self.cluster * self.split)
+    }
+
+    /// Whether it can be used for products of these `units`, as [`cheapest`] has them: blocks that
+    /// share a tile have no second one, and each needs a part of its inner dimension.
+    pub fn fits(&self, multiprocessors: usize, units: &[(usize, usize)]) -> bool {
+        let count: usize = units.iter().map(|(count, _)| count).sum();
+        let deep = |(_, depth): &(usize, usize)| *depth >= self.split * Tile::DEPTH;
+        self.split == 1 || (count <= self.clusters(multiprocessors) && units.iter().all(deep))
+    }
+
     /// Nanoseconds of `tiles` tiles, one after another, whose inner dimensions sum up to `steps`
     /// steps. Tiles taken in turn hide their ends, as far as they are not longer than two
     /// consumers can hide.
@@ -55,12 +70,15 @@ impl Tile {
 /// The tile that finishes first, and the grid of blocks that stay and take one tile after
 /// another. `units` gives for each product the number of its tiles (pairs of tiles for a cluster
 /// of 2) and its inner dimension.
+///
+/// `tools/fit_tiles.py` fits the times of tiles to the same model: its `work` must agree with `cost`
+/// here, its `nanoseconds` with [`Tile::nanoseconds`].
 pub(super) fn cheapest<'a>(
     tiles: impl Iterator<Item = &'a Tile>,
     multiprocessors: usize,
     units: impl Fn(&Tile) -> Vec<(usize, usize)>,
 ) -> Result<(&'a Tile, [u32; 3])> {
-    let clusters = |tile: &Tile| multiprocessors / (tile.cluster * tile.split);
+    let clusters = |tile: &Tile| tile.clusters(multiprocessors);
     let count = |tile: &Tile| units(tile).iter().map(|(count, _)| count).sum::<usize>();
     let cost = |tile: &&Tile| {
         let rounds = count(tile).div_ceil(clusters(tile));
@@ -69,14 +87,8 @@ pub(super) fn cheapest<'a>(
         let all: usize = units(tile).iter().map(steps).sum();
         tile.nanoseconds(rounds, (rounds * all).div_ceil(count(tile).max(1)))
     };
-    // Blocks that share tiles have one each, and each a part of it.
-    let deep =
-        |tile: &Tile| units(tile).iter().all(|(_, depth)| *depth >= tile.split * Tile::DEPTH);
-    let fits = |tile: &&Tile| tile.split == 1 || (count(tile) <= clusters(tile) && deep(tile));
-    let tile = tiles
-        .filter(fits)
-        .min_by_key(cost)
-        .ok_or_else(|| Error::device("no tile fits the product"))?;
+    let fitting = tiles.filter(|tile| tile.fits(multiprocessors, &units(tile)));
+    let tile = fitting.min_by_key(cost).ok_or_else(|| Error::device("no tile fits the product"))?;
     let blocks_that_stay = count(tile).min(clusters(tile)) * tile.cluster * tile.split;
     Ok((tile, [blocks(blocks_that_stay, 1)?, 1, 1]))
 }

@@ -41,7 +41,7 @@ impl Takes {
 pub(in crate::exec::cuda) fn library(backend: &Cuda) -> Result<Option<CublasLt>> {
     let library = |takes| CublasLt::new(&backend.context, takes);
     match backend.gemm {
-        Gemm::Own => Ok(None),
+        Gemm::Own | Gemm::Tile(_) => Ok(None),
         // Nothing is lost but time where it is not installed, or not made for this driver.
         Gemm::Automatic if backend.kernels.hopper => Ok(library(Takes::FewRowsAlone).ok()),
         Gemm::Automatic => Ok(library(Takes::Everything).ok()),
@@ -236,8 +236,13 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
     let units = |t: &Tile, layer: &Layer| {
         layer.x.rows.div_ceil(t.rows * t.cluster) * layer.out.cols.div_ceil(t.columns)
     };
-    let all = |t: &Tile| layers.iter().map(|layer| (units(t, layer), layer.x.cols)).collect();
+    let all =
+        |t: &Tile| layers.iter().map(|layer| (units(t, layer), layer.x.cols)).collect::<Vec<_>>();
     let multiprocessors = p.kernels.multiprocessors as usize;
+    let tiles = match p.tile.map(|forced| forced.among(tiles)) {
+        Some(forced) if forced.iter().any(|t| t.fits(multiprocessors, &all(t))) => forced,
+        _ => tiles,
+    };
     let (tile, grid) = hopper::cheapest(tiles.iter(), multiprocessors, all)?;
     let problem = |layer: &Layer| {
         let &Layer { gemm, x, out, heads } = layer;
@@ -254,12 +259,13 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
         Ok((parameters, int(units(tile, layer))?))
     };
     let problems = layers.iter().map(problem).collect::<Result<Vec<_>>>()?;
-    let suffix = if f32_out { "_f32" } else { "" };
-    p.launch_with(
-        &format!("gemm_sm90_{tile}{suffix}"),
-        grid,
-        Parameters::group::<_, TOGETHER>(&problems),
-    )
+    let parameters = Parameters::group::<_, TOGETHER>(&problems);
+    p.launch_with(&kernel_of(tile, f32_out), grid, parameters)
+}
+
+/// The name of the kernel of a tile.
+pub(super) fn kernel_of(tile: &Tile, f32_out: bool) -> String {
+    format!("gemm_sm90_{tile}{}", if f32_out { "_f32" } else { "" })
 }
 
 /// A tile of one block, or for a cluster of 2 of each, that its consumers share.
@@ -279,8 +285,10 @@ const fn split(rows: usize, columns: usize, split: usize, times: [usize; 3]) -> 
 
 /// The tiles of `kernels/gemm_sm90.cu` for bf16 and for f32. The times are a least-squares fit to
 /// what each took for every product of `cargo bench --bench ops linear` on an H200, relative errors
-/// counted; they are for choosing among these, and mean little by themselves.
-const HOPPER_TILES: [Tile; 7] = [
+/// counted; they are for choosing among these, and mean little by themselves. The fit is repeated
+/// by `cargo bench --bench ops -- linear --tile all --json FILE` and `tools/fit_tiles.py FILE`.
+/// Of products with results in f32 the bench has too few.
+pub(super) const HOPPER_TILES: [Tile; 7] = [
     in_turn(128, 128, 2, [7300, 363, 3600]),
     shared(128, 192, [7300, 508, 2400]),
     in_turn(64, 192, 2, [7200, 302, 3600]),
@@ -289,7 +297,7 @@ const HOPPER_TILES: [Tile; 7] = [
     split(128, 64, 2, [5800, 282, 2500]),
     split(128, 64, 4, [5800, 282, 3500]),
 ];
-const HOPPER_TILES_F32: [Tile; 2] =
+pub(super) const HOPPER_TILES_F32: [Tile; 2] =
     [shared(128, 128, [7300, 333, 2300]), shared(128, 64, [5800, 282, 1000])];
 
 /// Whether the kernels for sm_90 take this layer.

@@ -6,6 +6,7 @@ mod group;
 mod hopper;
 mod latent;
 pub(super) mod linear;
+mod linear_tile;
 mod norm;
 mod pointwise;
 
@@ -22,6 +23,7 @@ use crate::graph::{Graph, Node, Op, TensorId};
 use crate::tensor::DType;
 use crate::{Error, Result};
 pub(super) use group::Waiting;
+pub use linear_tile::LinearTile;
 
 /// Bytes of scratch memory that the largest node of `graph` needs, with cuBLASLt or without.
 pub(super) fn scratch_bytes(graph: &Graph, kernels: &Kernels, cublaslt: bool) -> usize {
@@ -40,6 +42,8 @@ pub(super) struct Prepare<'a> {
     pub kernels: &'a Kernels,
     /// Where linear layers go to it.
     pub cublaslt: Option<&'a CublasLt>,
+    /// The one tile of linear layers on Hopper, where it is not to be chosen for each.
+    pub tile: Option<LinearTile>,
     pub weights: &'a DeviceWeights,
     /// The matrices that come in for the node, and where to.
     pub streamed: Option<(Key, Address)>,

@@ -114,6 +114,7 @@ impl CudaSession {
                 index,
                 kernels: &self.kernels,
                 cublaslt: self.cublaslt.as_ref(),
+                tile: self.tile,
                 weights: &self.weights,
                 streamed: self.streamed(planned, index, node),
                 tables: &planned.tables,
