@@ -31,7 +31,6 @@
 //   gemm_sm90_64x64           64×64     64,  64           8        147648    in turn
 //   gemm_sm90_128x64         128×64    128,  64           8        213184
 //   gemm_sm90_128x64_split2  128×64    128,  64           7        221360    cluster of 2, k in 2 parts
-//   gemm_sm90_128x64_split4  128×64    128,  64           4        213120    cluster of 4, k in 4 parts
 //   gemm_sm90_128x128_f32    128×128   128, 128           6        229472
 //   gemm_sm90_128x64_f32     128×64    128,  64           8        229504
 //
@@ -109,7 +108,7 @@ public:
     __device__ __forceinline__ void ahead(const GemmPlace& place, int first) {
         const GemmSm90Params& p = group.problem[place.product];
         read_columns(place, first, 0);
-        if (p.heads.table != nullptr) read_rotations(p, row(place, first, 0));
+        if (rotates(place)) read_rotations(p, row(place, first, 0));
         if (threadIdx.x % 32 == 0) {
             box_stores_read<0>();
             if (p.epilogue != kStore) {
@@ -140,7 +139,7 @@ public:
             if (piece + 1 < kPieces) {
                 read_columns(place, first, piece + 1);
                 const bool rows_end = (piece + 1) % kChunks == 0;
-                if (rows_end && p.heads.table != nullptr) read_rotations(p, row(place, first, piece + 1));
+                if (rows_end && rotates(place)) read_rotations(p, row(place, first, piece + 1));
             }
             if (p.epilogue == kStore) {
                 activate_all(v, p.activation);
@@ -231,6 +230,15 @@ private:
         }
 #pragma unroll
         for (int g = 0; g < 8; ++g) v[4 * g + 2] *= factor[g].x, v[4 * g + 3] *= factor[g].y;
+    }
+
+    // Whether a tile has heads to rotate.
+    __device__ __forceinline__ bool rotates(const GemmPlace& place) const {
+        const Heads& heads = group.problem[place.product].heads;
+        bool any = false;
+#pragma unroll
+        for (int piece = 0; piece < kChunks; ++piece) any |= heads.weight_of(column(place, piece)) != nullptr;
+        return any;
     }
 
     // The rotations of this lane's columns in its two rows of 16 from `first`, for every head. Rows
@@ -420,24 +428,19 @@ __device__ __forceinline__ void gemm(const GemmGroup& group) {
         name(const __grid_constant__ GemmGroup group) {                            \
         gemm<Tile<__VA_ARGS__>, Out>(group);                                       \
     }
+// Of two blocks that share loads of columns, or the inner dimension of a tile.
 #define GEMM_PAIR_KERNEL(name, Out, ...)                                           \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) \
         name(const __grid_constant__ GemmGroup group) {                            \
         gemm<Tile<__VA_ARGS__>, Out>(group);                                       \
     }
-#define GEMM_SPLIT_KERNEL(name, Out, split, ...)                                       \
-    extern "C" __global__ void __cluster_dims__(split, 1, 1) __launch_bounds__(384, 1) \
-        name(const __grid_constant__ GemmGroup group) {                                \
-        gemm<Tile<__VA_ARGS__, split>, Out>(group);                                    \
-    }
 
-// Rows, columns, cluster, whether consumers take tiles in turn, boxes of a warp.
+// Rows, columns, blocks that share loads, whether consumers take tiles in turn, boxes of a warp, parts of k.
 GEMM_PAIR_KERNEL(gemm_sm90_128x128_pair, bf16, 128, 128, 2, true, 2)
 GEMM_KERNEL(gemm_sm90_128x192, bf16, 128, 192, 1, false, 3)
 GEMM_PAIR_KERNEL(gemm_sm90_64x192_pair, bf16, 64, 192, 2, true, 1)
 GEMM_KERNEL(gemm_sm90_64x64, bf16, 64, 64, 1, true, 1)
 GEMM_KERNEL(gemm_sm90_128x64, bf16, 128, 64, 1, false, 1)
-GEMM_SPLIT_KERNEL(gemm_sm90_128x64_split2, bf16, 2, 128, 64, 1, false, 1)
-GEMM_SPLIT_KERNEL(gemm_sm90_128x64_split4, bf16, 4, 128, 64, 1, false, 1)
+GEMM_PAIR_KERNEL(gemm_sm90_128x64_split2, bf16, 128, 64, 1, false, 1, 2)
 GEMM_KERNEL(gemm_sm90_128x128_f32, float, 128, 128, 1)
 GEMM_KERNEL(gemm_sm90_128x64_f32, float, 128, 64, 1)

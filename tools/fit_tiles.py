@@ -56,7 +56,8 @@ def clusters(tile, multiprocessors):
 def fits(tile, products, multiprocessors):
     """As Tile::fits."""
     few = sum(units(tile, products)) <= clusters(tile, multiprocessors)
-    return tile["split"] == 1 or (few and all(k >= tile["split"] * DEPTH for _, _, k in products))
+    suit = all(m <= tile["rows"] * tile["cluster"] and k >= tile["split"] * DEPTH for m, _, k in products)
+    return tile["split"] == 1 or (few and suit)
 
 
 def cost(tile, times, products, multiprocessors):

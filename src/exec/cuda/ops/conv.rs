@@ -1,6 +1,6 @@
 //! Causal convolutions.
 
-use super::hopper::{self, Tile};
+use super::hopper::{self, Tile, Units};
 use super::{Prepare, int};
 use crate::Result;
 use crate::exec::cuda::kernels::blocks;
@@ -101,7 +101,7 @@ fn launch_hopper(p: &mut Prepare<'_>, conv: &params::Conv) -> Result<()> {
     let box_width = |rows| best_box_width(rows, [stride_y, stride_x], |w| boxes(rows, w));
     let units = |tile: &Tile| {
         let boxes = boxes(tile.rows, box_width(tile.rows)).div_ceil(tile.cluster);
-        vec![(frames * boxes * cout.div_ceil(tile.columns), depth)]
+        vec![Units { down: frames * boxes, across: cout.div_ceil(tile.columns), depth }]
     };
     let multiprocessors = p.kernels.multiprocessors as usize;
     let (tile, grid) = hopper::cheapest(HOPPER_TILES.iter(), multiprocessors, units)?;

@@ -28,6 +28,28 @@ pub(super) struct Tile {
     pub end: usize,
 }
 
+/// What a product is for one tile.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Units {
+    /// Tiles (pairs of tiles for a cluster of 2) that its rows make.
+    pub down: usize,
+    /// Tiles that its columns make.
+    pub across: usize,
+    /// Inner dimension.
+    pub depth: usize,
+}
+
+impl Units {
+    pub fn count(&self) -> usize {
+        self.down * self.across
+    }
+
+    /// Of all products of a launch.
+    fn total(units: &[Units]) -> usize {
+        units.iter().map(Units::count).sum()
+    }
+}
+
 impl fmt::Display for Tile {
     /// As in the names of the kernels.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -41,17 +63,24 @@ impl Tile {
     /// Inner dimension of one step of the main loop.
     const DEPTH: usize = 64;
 
+    /// What a product of so many rows, columns and values of the inner dimension is for it.
+    pub fn units(&self, rows: usize, columns: usize, depth: usize) -> Units {
+        let down = rows.div_ceil(self.rows * self.cluster);
+        Units { down, across: columns.div_ceil(self.columns), depth }
+    }
+
     /// Clusters that run at once.
     fn clusters(&self, multiprocessors: usize) -> usize {
         multiprocessors / (self.cluster * self.split)
     }
 
-    /// Whether it can be used for products of these `units`, as [`cheapest`] has them: blocks that
-    /// share a tile have no second one, and each needs a part of its inner dimension.
-    pub fn fits(&self, multiprocessors: usize, units: &[(usize, usize)]) -> bool {
-        let count: usize = units.iter().map(|(count, _)| count).sum();
-        let deep = |(_, depth): &(usize, usize)| *depth >= self.split * Tile::DEPTH;
-        self.split == 1 || (count <= self.clusters(multiprocessors) && units.iter().all(deep))
+    /// Whether it can be used for these products: blocks that share a tile have no second one, and
+    /// each needs a part of its inner dimension. With a second row of tiles, which reads all
+    /// columns once more, nothing is gained.
+    pub fn fits(&self, multiprocessors: usize, units: &[Units]) -> bool {
+        let suits = |of: &Units| of.down == 1 && of.depth >= self.split * Tile::DEPTH;
+        let few = Units::total(units) <= self.clusters(multiprocessors);
+        self.split == 1 || (few && units.iter().all(suits))
     }
 
     /// Nanoseconds of `tiles` tiles, one after another, whose inner dimensions sum up to `steps`
@@ -68,22 +97,20 @@ impl Tile {
 }
 
 /// The tile that finishes first, and the grid of blocks that stay and take one tile after
-/// another. `units` gives for each product the number of its tiles (pairs of tiles for a cluster
-/// of 2) and its inner dimension.
+/// another. `units` gives what each product is for a tile.
 ///
 /// `tools/fit_tiles.py` fits the times of tiles to the same model: its `work` must agree with `cost`
-/// here, its `nanoseconds` with [`Tile::nanoseconds`].
+/// here, its `nanoseconds` and `fits` with those of [`Tile`].
 pub(super) fn cheapest<'a>(
     tiles: impl Iterator<Item = &'a Tile>,
     multiprocessors: usize,
-    units: impl Fn(&Tile) -> Vec<(usize, usize)>,
+    units: impl Fn(&Tile) -> Vec<Units>,
 ) -> Result<(&'a Tile, [u32; 3])> {
     let clusters = |tile: &Tile| tile.clusters(multiprocessors);
-    let count = |tile: &Tile| units(tile).iter().map(|(count, _)| count).sum::<usize>();
+    let count = |tile: &Tile| Units::total(&units(tile));
     let cost = |tile: &&Tile| {
         let rounds = count(tile).div_ceil(clusters(tile));
-        let of = |depth: usize| depth.div_ceil(Tile::DEPTH).div_ceil(tile.split);
-        let steps = |(count, depth): &(usize, usize)| count * of(*depth);
+        let steps = |of: &Units| of.count() * of.depth.div_ceil(Tile::DEPTH).div_ceil(tile.split);
         let all: usize = units(tile).iter().map(steps).sum();
         tile.nanoseconds(rounds, (rounds * all).div_ceil(count(tile).max(1)))
     };
