@@ -37,6 +37,7 @@ OPS = {
     "attention/packed/text30+110-history15-stage2-96x160-h30x64": "attention, miniflux, the same",
     "attention/last-block/history15-96x160-h24x64": "attention of the current frame alone",
     "linear/store/m20000-n1536+1536+1536-k1536": "linear 1536 → 3·1536 + bias, 20,000 rows",
+    "linear/heads-64/m20000-n1536+1536+1536-k1536": "the same, heads of queries and keys normed and rotated",
     "linear/gelu_tanh/m20000-n6144-k1536": "linear 1536 → 6144 + bias, GELU",
     "linear/gated-6/m20000-n1536-k6144": "linear 6144 → 1536 + bias, gate, residual",
     "conv3d/k3/2+2x192x320-c512-512": "conv3d 3×3×3, 512 channels, two windows",
