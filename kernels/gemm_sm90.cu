@@ -4,12 +4,11 @@
 //   epilogue 1  out[r, c] += x·Wᵀ + bias
 //   epilogue 2  out[r, c] += gate[sample_of(r) · ld_gate + c] · (x·Wᵀ + bias)
 //
-// With epilogue 0 and heads.table not null, columns come in parts of heads.part_columns, a multiple
+// The _heads kernels: with epilogue 0 and heads.table not null, columns come in parts of heads.part_columns, a multiple
 // of 64, and of each part whose weight is not null each 64 columns are a head, of which
 //   h = (x·Wᵀ + bias) · rsqrt(mean((x·Wᵀ + bias)²) + heads.eps) · heads.weight[part]
 //   out[r, 2i], out[r, 2i + 1] = h[2i]·cos − h[2i + 1]·sin, h[2i]·sin + h[2i + 1]·cos
-// where table[r · ld_table + 2i] and [… + 1] are cos and sin (f32, 8-byte aligned, ld_table even). Not in
-// the _f32 kernels.
+// where table[r · ld_table + 2i] and [… + 1] are cos and sin (f32, 8-byte aligned, ld_table even).
 //
 // Layout: row-major, rows ldx, ldw, ldo elements apart. Precision: bf16 in, f32 products and sums
 // (k in steps of 16 in one fixed order), f32 epilogue, one rounding to bf16 (none in the _f32 kernels).
@@ -36,9 +35,9 @@
 //
 // Launch: 384 threads; grid.x = min(multiprocessors, tiles) blocks, for a pair the largest multiple
 // of 2 not above min(multiprocessors, 2 · pairs), where a product has ⌈m / rows⌉ · ⌈n / columns⌉ tiles
-// or ⌈m / (2 · rows)⌉ · ⌈n / columns⌉ pairs. For k in parts there are as many blocks for each tile, all of
-// which must run at once, and every product has at least as many steps of 64 values of k. The cluster size
-// is compiled in.
+// or ⌈m / (2 · rows)⌉ · ⌈n / columns⌉ pairs. For k in parts the grid is exactly as many blocks for each tile,
+// and every product has at least as many steps of 64 values of k. The cluster size is compiled in. Of every
+// kernel but the _f32 ones there is another, …_heads, alike in all this.
 //
 // Why so: see lib/gemm_sm90.cuh. With k of 1536 the end of a tile is a fifth of its time where both
 // consumers share it; taking tiles in turn hides that where each block has several. 128 × 192 divides
@@ -96,7 +95,7 @@ struct GemmPlace {
 // of bf16 in shared memory: bulk copies bring what is added to while the products run, the result
 // takes its place and bulk copies store it while the next tile begins. Row r of a box holds chunk c
 // (8 columns) at c ^ (r % 8), so that the 4 bytes of each lane meet no bank twice.
-template <class Tile>
+template <class Tile, bool kHeads>
 class BoxFinish {
 public:
     template <class Problem>
@@ -108,7 +107,9 @@ public:
     __device__ __forceinline__ void ahead(const GemmPlace& place, int first) {
         const GemmSm90Params& p = group.problem[place.product];
         read_columns(place, first, 0);
-        if (rotates(place)) read_rotations(p, row(place, first, 0));
+        if constexpr (kHeads) {
+            if (rotates(place)) read_rotations(p, row(place, first, 0));
+        }
         if (threadIdx.x % 32 == 0) {
             box_stores_read<0>();
             if (p.epilogue != kStore) {
@@ -134,12 +135,16 @@ public:
             pick<0>(v, d, piece);
             add_bias(v);
             if (p.epilogue == kGatedAccumulate) multiply_gate(v, place, first, piece);
-            const bf16* const weight = p.heads.weight_of(column(place, piece));
-            if (weight != nullptr) norm_and_rotate(v, weight, p.heads.eps);
+            if constexpr (kHeads) {
+                const bf16* const weight = p.heads.weight_of(column(place, piece));
+                if (weight != nullptr) norm_and_rotate(v, weight, p.heads.eps);
+            }
             if (piece + 1 < kPieces) {
                 read_columns(place, first, piece + 1);
-                const bool rows_end = (piece + 1) % kChunks == 0;
-                if (rows_end && rotates(place)) read_rotations(p, row(place, first, piece + 1));
+                if constexpr (kHeads) {
+                    const bool rows_end = (piece + 1) % kChunks == 0;
+                    if (rows_end && rotates(place)) read_rotations(p, row(place, first, piece + 1));
+                }
             }
             if (p.epilogue == kStore) {
                 activate_all(v, p.activation);
@@ -321,15 +326,15 @@ private:
     uint32_t parity = 0;
     uint32_t bias[8];
     // The gates of eight pairs of columns, or (cos, sin) of these in the upper row and then in the lower.
-    float2 factor[16];
+    float2 factor[kHeads ? 16 : 8];
 };
 
-template <class Tile, typename Out>
+template <class Tile, typename Out, bool kHeads>
 struct Gemm {
     const GemmGroup& group;
 
     using Place = GemmPlace;
-    using Finish = std::conditional_t<(Tile::kBuffers > 0), BoxFinish<Tile>, StagedFinish<Tile, Gemm>>;
+    using Finish = std::conditional_t<(Tile::kBuffers > 0), BoxFinish<Tile, kHeads>, StagedFinish<Tile, Gemm>>;
 
     __device__ __forceinline__ int tiles() const { return group.end; }
 
@@ -412,35 +417,37 @@ struct Gemm {
     }
 };
 
-template <class Tile, typename Out>
+template <class Tile, typename Out, bool kHeads>
 __device__ __forceinline__ void gemm(const GemmGroup& group) {
     if (threadIdx.x == 0) {
         const GemmSm90Params& p = group.problem[group.of(blockIdx.x / Tile::kBlocks)];
         prefetch_tensor_map(&p.a);
         prefetch_tensor_map(&p.b);
     }
-    multiply_tiles<Tile>(Gemm<Tile, Out>{group});
+    multiply_tiles<Tile>(Gemm<Tile, Out, kHeads>{group});
 }
 
-// Entry points; __launch_bounds__(…, 1) is what lets the warpgroups share out the registers anew.
-#define GEMM_KERNEL(name, Out, ...)                                                \
-    extern "C" __global__ void __launch_bounds__(384, 1)                           \
+// Entry points; __launch_bounds__(…, 1) is what lets the warpgroups share out the registers anew. Norms of
+// heads are in kernels of their own, since their registers and their code cost the others a few percent.
+#define GEMM_ENTRY(name, attributes, Out, heads, ...)                              \
+    extern "C" __global__ void attributes __launch_bounds__(384, 1)                \
         name(const __grid_constant__ GemmGroup group) {                            \
-        gemm<Tile<__VA_ARGS__>, Out>(group);                                       \
+        gemm<Tile<__VA_ARGS__>, Out, heads>(group);                                \
     }
+#define GEMM_KERNEL(name, ...)                                                     \
+    GEMM_ENTRY(name, , bf16, false, __VA_ARGS__)                                   \
+    GEMM_ENTRY(name##_heads, , bf16, true, __VA_ARGS__)
 // Of two blocks that share loads of columns, or the inner dimension of a tile.
-#define GEMM_PAIR_KERNEL(name, Out, ...)                                           \
-    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) \
-        name(const __grid_constant__ GemmGroup group) {                            \
-        gemm<Tile<__VA_ARGS__>, Out>(group);                                       \
-    }
+#define GEMM_PAIR_KERNEL(name, ...)                                                \
+    GEMM_ENTRY(name, __cluster_dims__(2, 1, 1), bf16, false, __VA_ARGS__)          \
+    GEMM_ENTRY(name##_heads, __cluster_dims__(2, 1, 1), bf16, true, __VA_ARGS__)
 
 // Rows, columns, blocks that share loads, whether consumers take tiles in turn, boxes of a warp, parts of k.
-GEMM_PAIR_KERNEL(gemm_sm90_128x128_pair, bf16, 128, 128, 2, true, 2)
-GEMM_KERNEL(gemm_sm90_128x192, bf16, 128, 192, 1, false, 3)
-GEMM_PAIR_KERNEL(gemm_sm90_64x192_pair, bf16, 64, 192, 2, true, 1)
-GEMM_KERNEL(gemm_sm90_64x64, bf16, 64, 64, 1, true, 1)
-GEMM_KERNEL(gemm_sm90_128x64, bf16, 128, 64, 1, false, 1)
-GEMM_PAIR_KERNEL(gemm_sm90_128x64_split2, bf16, 128, 64, 1, false, 1, 2)
-GEMM_KERNEL(gemm_sm90_128x128_f32, float, 128, 128, 1)
-GEMM_KERNEL(gemm_sm90_128x64_f32, float, 128, 64, 1)
+GEMM_PAIR_KERNEL(gemm_sm90_128x128_pair, 128, 128, 2, true, 2)
+GEMM_KERNEL(gemm_sm90_128x192, 128, 192, 1, false, 3)
+GEMM_PAIR_KERNEL(gemm_sm90_64x192_pair, 64, 192, 2, true, 1)
+GEMM_KERNEL(gemm_sm90_64x64, 64, 64, 1, true, 1)
+GEMM_KERNEL(gemm_sm90_128x64, 128, 64, 1, false, 1)
+GEMM_PAIR_KERNEL(gemm_sm90_128x64_split2, 128, 64, 1, false, 1, 2)
+GEMM_ENTRY(gemm_sm90_128x128_f32, , float, false, 128, 128, 1)
+GEMM_ENTRY(gemm_sm90_128x64_f32, , float, false, 128, 64, 1)

@@ -21,8 +21,12 @@ impl WeightSource for NoWeights {
 /// Rows and columns of what is passed on from graph to graph.
 const SIDE: usize = 16;
 
-/// Runs of each graph, which all give the same.
-const RUNS: usize = 20;
+/// Runs of each graph, which all give the same: fewer than are let wait, so that the next graph is
+/// added while they are under way.
+const RUNS: usize = 4;
+
+/// How often a run computes `half`, so that it takes longer than adding a graph.
+const REPEATS: usize = 50;
 
 /// A graph whose results are exact on every device: it makes `y` of `x` and `noise`, and `half`
 /// of a frame of `side` rows and columns, so that graphs differ in what they keep.
@@ -36,47 +40,58 @@ fn graph(side: usize) -> Graph {
     let doubled = g.push(Op::DoubleRenoise { alpha: 0.5, beta: 0.25 }, &[x, noise]);
     let y = g.push(Op::HalveBilinear { factor: 1.5 }, &[doubled.expect("shapes fit")]);
     g.mark_output("y", y.expect("shapes fit"));
-    let half = g.push(Op::HalveBilinear { factor: 1.0 }, &[rest]);
-    g.mark_output("half", half.expect("shapes fit"));
+    let half = g.empty(&[1, side / 2, side / 2, CHANNELS], DType::F32);
+    for _ in 0..REPEATS {
+        g.push_into(Op::HalveBilinear { factor: 1.0 }, &[rest], half).expect("shapes fit");
+    }
+    g.mark_output("half", half);
     g
 }
 
-fn write(session: &mut dyn Session, graph: GraphId, name: &str, side: usize, seed: usize) {
+fn values(side: usize, seed: usize) -> Vec<f32> {
     let value = |i: usize| ((i * 7919 + seed * 104_729) % 1009) as f32 / 512.0 - 1.0;
-    let values: Vec<f32> = (0..side * side * CHANNELS).map(value).collect();
-    let input = session.find(graph, name).expect("an input");
-    session.write(graph, input, &values).expect("as many values");
+    (0..side * side * CHANNELS).map(value).collect()
 }
 
-/// Runs a graph for each of `sides`, each from what the one before gave, and removes it once the
-/// next one was queued. Returns the bits of the last results; `after` sees every round.
+fn write(session: &mut dyn Session, graph: GraphId, name: &str, values: &[f32]) {
+    let input = session.find(graph, name).expect("an input");
+    session.write(graph, input, values).expect("as many values");
+}
+
+/// Runs a graph for each of `sides` from what the one before gave, removes that, and adds the next
+/// while the runs are under way. Returns the bits of what is passed on and of a piece of every
+/// graph's `half`; `after` sees every round.
 fn chain(session: &mut dyn Session, sides: &[usize], mut after: impl FnMut(usize)) -> Vec<u32> {
     let mut held = Graph::new();
-    let x = held.input("x", &[1, SIDE, SIDE, CHANNELS], DType::F32);
-    let holder = (session.add(held).expect("a graph"), x);
-    write(session, holder.0, "x", SIDE, 0);
+    let mut hold = |name: &str| held.input(name, &[1, SIDE, SIDE, CHANNELS], DType::F32);
+    let x = hold("x");
+    let halves: Vec<_> = (0..sides.len()).map(|round| hold(&format!("half {round}"))).collect();
+    let holder = session.add(held).expect("a graph");
+    write(session, holder, "x", &values(SIDE, 0));
+    // Made before, so that writing them is quick.
+    let rests: Vec<_> = (2..).zip(sides).map(|(seed, &side)| values(side, seed)).collect();
     let mut before: Option<GraphId> = None;
     for (round, &side) in sides.iter().enumerate() {
-        let graph = session.add(graph(side)).expect("a graph");
-        write(session, graph, "noise", 2 * SIDE, round + 1);
-        write(session, graph, "rest", side, round + 2);
-        let [x, y] = ["x", "y"].map(|name| session.find(graph, name).expect("a tensor"));
-        session.copy(holder, 0, (graph, x)).expect("a copy");
-        (0..RUNS).for_each(|_| session.run(graph).expect("a run"));
-        session.copy((graph, y), 0, holder).expect("a copy");
-        if let Some(removed) = before.replace(graph) {
+        let added = session.add(graph(side)).expect("a graph");
+        write(session, added, "noise", &values(2 * SIDE, round + 1));
+        write(session, added, "rest", &rests[round]);
+        if let Some(removed) = before.replace(added) {
             session.remove(removed);
             let error = session.run(removed).expect_err("it was removed");
             assert_eq!(error.kind(), ErrorKind::Usage);
             session.remove(removed);
         }
+        let [input, y, half] =
+            ["x", "y", "half"].map(|name| session.find(added, name).expect("a tensor"));
+        session.copy((holder, x), 0, (added, input)).expect("a copy");
+        (0..RUNS).for_each(|_| session.run(added).expect("a run"));
+        session.copy((added, y), 0, (holder, x)).expect("a copy");
+        let last_rows = (side / 2).pow(2) - SIDE * SIDE;
+        session.copy((added, half), last_rows, (holder, halves[round])).expect("a copy");
         after(round);
     }
-    let last = before.expect("a round");
-    let half = session.find(last, "half").expect("an output");
-    let mut found = session.read(last, half).expect("values");
-    found.extend(session.read(holder.0, holder.1).expect("values"));
-    found.iter().map(|v| v.to_bits()).collect()
+    let held = [x].into_iter().chain(halves);
+    held.flat_map(|t| session.read(holder, t).expect("values")).map(f32::to_bits).collect()
 }
 
 /// Sizes that fall and rise, as those of the stages do, over several units.

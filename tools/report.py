@@ -45,7 +45,6 @@ OPS = {
     "conv3d/k3-space/4x384x640-c256-1024": "conv3d 3×3×3, 256 → 1024, shuffled into space",
     "conv3d/k3-residual/8x768x1280-c128-128": "conv3d 3×3×3, 128 channels + residual",
     "layer_norm_modulate/m20000-n1536-g6": "layer norm, scale and shift, 20,000 rows",
-    "head_norm_rope/m20000-h24-from0": "RMS norm of heads + rotary positions",
     "group_norm/8x768x1280-c128-g32-silu": "group norm + SiLU, 8 frames of 768p",
 }
 

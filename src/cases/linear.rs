@@ -273,6 +273,7 @@ fn small() -> Vec<Case> {
         linear(Kind::Heads { size: 64 }, 65, &[128, 128, 128], 72).strided(true, true).case(),
     );
     cases.push(linear(Kind::Heads { size: 8 }, 3, &[24], 16).case());
+    cases.push(linear(Kind::Gated { runs: 2 }, 70, &[72], 4104).case());
     cases.push(side_by_side(&[
         linear(Kind::Store, 5, &[72], 40),
         linear(gelu, 70, &[24, 8], 72).strided(true, false),
@@ -349,6 +350,11 @@ fn heads() -> Vec<Case> {
         linear(heads, 257, &[192, 192], 192),
         linear(gelu, 130, &[768], 192).strided(true, false),
     ]));
+    // In the tiles of few and of many rows, and of a deep product.
+    cases.push(linear(heads, 140, &[192, 192, 192], 2000).case());
+    cases.push(linear(heads, 97, &[192, 192, 192], 4104).case());
+    let wide = |m| linear(heads, m, &[1536, 1536, 1536], 136);
+    cases.push(side_by_side(&[97, 2500].map(wide)));
     // A launch of their own beside those that norm within the product.
     cases.push(side_by_side(&[
         linear(heads, 65, &[192], 192),
@@ -383,6 +389,16 @@ fn beside() -> Vec<Case> {
         cases.push(linear(kind, 2100, &[1536], 1600).case());
     }
     cases.push(linear(Kind::Store, 257, &[6152], 4104).case());
+    // Few rows and deep products, whose tiles two blocks share: an odd number of steps, two
+    // products in a launch, as many tiles as can be.
+    for kind in Kind::ALL {
+        cases.push(linear(kind, 97, &[520], 4104).case());
+    }
+    cases.push(side_by_side(&[
+        linear(Kind::Store, 1, &[520], 4168),
+        linear(Kind::Gated { runs: 3 }, 128, &[136], 4104),
+    ]));
+    cases.push(linear(Kind::Accumulate, 128, &[4160], 4104).without_bias().case());
     cases.push(side_by_side(&[97, 2500].map(|m| linear(Kind::Gated { runs: 3 }, m, &[1536], 512))));
     cases.push(side_by_side(&[
         linear(Kind::Store, 65, &[72], 64).without_bias().into_f32(),

@@ -231,7 +231,8 @@ pub enum Op {
         eps: f32,
     },
     /// table `[n, head/2 · 2]` of (cos, sin) pairs; updates x `[n, heads · size]` in place:
-    /// RMS norm of every head, then rotation of the pairs (2k, 2k+1).
+    /// RMS norm of every head, then rotation of the pairs (2k, 2k+1). Models have it as
+    /// [`Epilogue::NormHeads`].
     HeadNormRope {
         /// Weight `[size]`.
         weight: WeightId,

@@ -385,7 +385,24 @@ fn state_bytes(graphs: &[&Graph], counted: impl Fn(&str) -> bool) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{RING, SLOTS, how_many_in_file};
+    use super::{RING, Residency, SLOTS, Weights, how_many_in_file, measure};
+    use crate::exec::Cpu;
+    use crate::graph::Graph;
+    use crate::tensor::DType;
+
+    /// So that memory of graphs that come and go grows once.
+    #[test]
+    fn a_fit_tells_what_the_largest_graph_keeps() {
+        let graphs = [9, 4].map(|rows| {
+            let mut graph = Graph::new();
+            graph.input("x", &[rows, 8], DType::F32);
+            graph
+        });
+        let graphs: Vec<&Graph> = graphs.iter().collect();
+        let weights = Weights::of(&graphs);
+        let fit = measure(&graphs, &weights, Residency::default(), 1, &Cpu::new());
+        assert_eq!(fit.residency.own(), 9 * 8 * 4);
+    }
 
     #[test]
     fn what_memory_is_too_small_for_is_in_the_file() {

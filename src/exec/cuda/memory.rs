@@ -95,11 +95,15 @@ impl Spare {
         largest: usize,
         what: &str,
     ) -> Result<DeviceMemory> {
+        // A piece is for who needs one.
+        if bytes == 0 {
+            return DeviceMemory::new(context, 0, what);
+        }
         let sizes: Vec<usize> = self.0.iter().map(DeviceMemory::bytes).collect();
         match smallest_of(&sizes, bytes) {
             Some(index) => Ok(self.0.swap_remove(index)),
             None => {
-                let grows = !self.0.is_empty();
+                let grows = sizes.iter().any(|&size| size > 0);
                 self.0.clear();
                 DeviceMemory::new(context, if grows { bytes.max(largest) } else { bytes }, what)
             }
@@ -125,7 +129,7 @@ mod tests {
     #[test]
     fn the_smallest_that_is_large_enough_is_taken() {
         let sizes = [64, 256, 128, 256];
-        for (bytes, index) in [(0, Some(0)), (64, Some(0)), (65, Some(2)), (129, Some(1))] {
+        for (bytes, index) in [(64, Some(0)), (65, Some(2)), (129, Some(1))] {
             assert_eq!(smallest_of(&sizes, bytes), index, "{bytes} bytes");
         }
         assert_eq!((smallest_of(&sizes, 257), smallest_of(&[], 0)), (None, None));

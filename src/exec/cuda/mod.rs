@@ -58,7 +58,8 @@ pub enum Gemm {
     /// where it is not installed.
     CublasLt,
     /// This program's kernels, those for GPUs of compute capability 9.0 in this tile where they
-    /// have it for results of the type, as they choose where not: for measurements.
+    /// have it for results of the type and it fits the product, as they choose where not: for
+    /// measurements.
     Tile(LinearTile),
 }
 

@@ -29,6 +29,9 @@ pub(super) struct AttentionTables {
     pub bias_span: usize,
 }
 
+/// Least bytes of a graph's tables: they grow with the history, and memory that grows is waited for.
+const LEAST: usize = 1 << 20;
+
 /// The tables of a graph on the device.
 pub(super) struct Tables {
     memory: DeviceMemory,
@@ -65,9 +68,8 @@ impl Tables {
             };
             by_node.insert(index, tables);
         }
-        // In steps, since tables grow with the history and nobody has planned for them.
-        let largest = bytes.len().next_power_of_two();
-        let memory = spare.take(context, bytes.len(), largest, "attention tables")?;
+        let needed = if bytes.is_empty() { 0 } else { bytes.len().max(LEAST) };
+        let memory = spare.take(context, needed, needed.next_power_of_two(), "attention tables")?;
         uploader.bring(&bytes, memory.address())?;
         for tables in by_node.values_mut() {
             tables.tiles += memory.address();

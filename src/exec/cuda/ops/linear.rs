@@ -257,10 +257,12 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
     };
     let problems = layers.iter().map(problem).collect::<Result<Vec<_>>>()?;
     let parameters = Parameters::group::<_, TOGETHER>(&problems);
-    p.launch_with(&kernel_of(tile, f32_out), grid, parameters)
+    let heads = layers.iter().any(|layer| layer.heads.table != 0);
+    let suffix = if heads { "_heads" } else { "" };
+    p.launch_with(&format!("{}{suffix}", kernel_of(tile, f32_out)), grid, parameters)
 }
 
-/// The name of the kernel of a tile.
+/// The name of the kernel of a tile, for products without norms of heads.
 pub(super) fn kernel_of(tile: &Tile, f32_out: bool) -> String {
     format!("gemm_sm90_{tile}{}", if f32_out { "_f32" } else { "" })
 }
