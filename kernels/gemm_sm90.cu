@@ -428,7 +428,7 @@ __device__ __forceinline__ void gemm(const GemmGroup& group) {
 }
 
 // Entry points; __launch_bounds__(…, 1) is what lets the warpgroups share out the registers anew. Norms of
-// heads are in kernels of their own, since their registers and their code cost the others a few percent.
+// heads are in kernels of their own: their registers and their code are for nobody else.
 #define GEMM_ENTRY(name, attributes, Out, heads, ...)                              \
     extern "C" __global__ void attributes __launch_bounds__(384, 1)                \
         name(const __grid_constant__ GemmGroup group) {                            \
