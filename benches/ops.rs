@@ -105,7 +105,7 @@ impl<'a> Device<'a> {
         let backend = |&tile: &Option<LinearTile>| {
             let Some(tile) = tile else { return Some((None, &*found.plain)) };
             let forced = gpu.tiles.iter().find(|(of, _)| *of == tile);
-            forced.map(|(tile, backend)| (Some(*tile), &**backend))
+            forced.map(|(tile, variant)| (Some(*tile), &*variant.plain))
         };
         let backends: Option<Vec<_>> = options.tiles.iter().map(backend).collect();
         Ok(Device {

@@ -120,6 +120,7 @@ struct Conv {
         return {frame, down * box_height(), (box - down * across) * p.box_width, at.column * Tile::kCols};
     }
     __device__ __forceinline__ int column(const Place& place) const { return place.column; }
+    __device__ __forceinline__ int rows(const Place&) const { return Tile::kRows; }
     __device__ __forceinline__ const TensorMap* columns_map(const Place&) const { return &p.weight_map; }
 
     // The first tap in time that does not fall on zeros in front.

@@ -27,11 +27,15 @@
 //   gemm_sm90_128x128_pair   128×128   128,  64           6        229536    cluster of 2, in turn
 //   gemm_sm90_128x192        128×192   128, 192           4        213120
 //   gemm_sm90_64x192_pair     64×192    64,  96           6        213152    cluster of 2, in turn
-//   gemm_sm90_64x64           64×64     64,  64           8        147648    in turn
+//   gemm_sm90_64x64           64×64     64,  64          13        229648    in turn
 //   gemm_sm90_128x64         128×64    128,  64           8        213184
-//   gemm_sm90_128x64_split2  128×64    128,  64           7        221360    cluster of 2, k in 2 parts
+//   gemm_sm90_128x64_split2  128×64    128,  64           8        229568    cluster of 2, k in 2 parts
+//   gemm_sm90_128x64_split4  128×64    128,  64           7        213168    cluster of 4, k in 4 parts
 //   gemm_sm90_128x128_f32    128×128   128, 128           6        229472
 //   gemm_sm90_128x64_f32     128×64    128,  64           8        229504
+//
+// The tiles of a product have tile_rows rows, and so has the box of a: a multiple of 16 up to the rows in this
+// table, with which there are no more tiles. Boxes that reach beyond the last row are slow to copy.
 //
 // Launch: 384 threads; grid.x = min(multiprocessors, tiles) blocks, for a pair the largest multiple
 // of 2 not above min(multiprocessors, 2 · pairs), where a product has ⌈m / rows⌉ · ⌈n / columns⌉ tiles
@@ -79,6 +83,7 @@ struct GemmSm90Params {
     RowGroups groups;
     int pad;
     Heads heads;
+    int tile_rows;
 };
 static_assert(sizeof(GemmSm90Params) == 640, "as on the host");
 using GemmGroup = Group<GemmSm90Params, 2>;
@@ -130,6 +135,7 @@ public:
         // Not unrolled: only the choice of registers depends on their names.
 #pragma unroll 1
         for (int piece = 0; piece < kPieces; ++piece) {
+            if (Tile::kFragments > 1 && first + piece / kChunks * 64 >= p.tile_rows) break;
             if (piece >= Tile::kBuffers) reuse(place, first, piece);
             float v[32];
             pick<0>(v, d, piece);
@@ -345,9 +351,10 @@ struct Gemm {
         const TilePosition at(tile - group.first[product], (p.m + kRows - 1) / kRows,
                               (p.n + Tile::kCols - 1) / Tile::kCols);
         const int row = Tile::kSplit > 1 ? at.row : at.row * Tile::kCluster + rank;
-        return {product, row * Tile::kRows, at.column * Tile::kCols, Tile::kSplit > 1 ? rank : 0};
+        return {product, row * p.tile_rows, at.column * Tile::kCols, Tile::kSplit > 1 ? rank : 0};
     }
     __device__ __forceinline__ int column(const Place& place) const { return place.column; }
+    __device__ __forceinline__ int rows(const Place& place) const { return group.problem[place.product].tile_rows; }
     // The first step of part `part` of a tile; of the part after the last it is their number.
     __device__ __forceinline__ int first_step(const Place& place, int part) const {
         const int all = (group.problem[place.product].k + Tile::kDepth - 1) / Tile::kDepth;
@@ -437,17 +444,19 @@ __device__ __forceinline__ void gemm(const GemmGroup& group) {
 #define GEMM_KERNEL(name, ...)                                                     \
     GEMM_ENTRY(name, , bf16, false, __VA_ARGS__)                                   \
     GEMM_ENTRY(name##_heads, , bf16, true, __VA_ARGS__)
-// Of two blocks that share loads of columns, or the inner dimension of a tile.
-#define GEMM_PAIR_KERNEL(name, ...)                                                \
-    GEMM_ENTRY(name, __cluster_dims__(2, 1, 1), bf16, false, __VA_ARGS__)          \
-    GEMM_ENTRY(name##_heads, __cluster_dims__(2, 1, 1), bf16, true, __VA_ARGS__)
+// Of blocks that share loads of columns, or the inner dimension of a tile.
+#define GEMM_CLUSTER_KERNEL(name, blocks, ...)                                     \
+    GEMM_ENTRY(name, __cluster_dims__(blocks, 1, 1), bf16, false, __VA_ARGS__)     \
+    GEMM_ENTRY(name##_heads, __cluster_dims__(blocks, 1, 1), bf16, true, __VA_ARGS__)
 
-// Rows, columns, blocks that share loads, whether consumers take tiles in turn, boxes of a warp, parts of k.
-GEMM_PAIR_KERNEL(gemm_sm90_128x128_pair, 128, 128, 2, true, 2)
+// Blocks of a cluster; rows, columns, blocks that share loads, whether consumers take tiles in turn, boxes of a warp,
+// parts of k.
+GEMM_CLUSTER_KERNEL(gemm_sm90_128x128_pair, 2, 128, 128, 2, true, 2)
 GEMM_KERNEL(gemm_sm90_128x192, 128, 192, 1, false, 3)
-GEMM_PAIR_KERNEL(gemm_sm90_64x192_pair, 64, 192, 2, true, 1)
+GEMM_CLUSTER_KERNEL(gemm_sm90_64x192_pair, 2, 64, 192, 2, true, 1)
 GEMM_KERNEL(gemm_sm90_64x64, 64, 64, 1, true, 1)
 GEMM_KERNEL(gemm_sm90_128x64, 128, 64, 1, false, 1)
-GEMM_PAIR_KERNEL(gemm_sm90_128x64_split2, 128, 64, 1, false, 1, 2)
+GEMM_CLUSTER_KERNEL(gemm_sm90_128x64_split2, 2, 128, 64, 1, false, 1, 2)
+GEMM_CLUSTER_KERNEL(gemm_sm90_128x64_split4, 4, 128, 64, 1, false, 1, 4)
 GEMM_ENTRY(gemm_sm90_128x128_f32, , float, false, 128, 128, 1)
 GEMM_ENTRY(gemm_sm90_128x64_f32, , float, false, 128, 64, 1)

@@ -5,7 +5,7 @@
 //! may be half as large again, that of a single element three times the CPU's largest, and
 //! where rounding costs nothing the GPU must be exact. NaN must be where the oracle has it, two runs must agree to the bit, and a run among guard
 //! zones with NaN in all memory must give the same bits and leave the guards whole. All of
-//! it once for every set of kernels.
+//! it once for every set of kernels, and of linear layers once for every tile that they may have.
 //!
 //! Without a GPU the oracle is still checked: finite where it should be, and the cost of
 //! bf16 no more than a few roundings.
@@ -32,6 +32,8 @@ const ALLOWED: f64 = 1.5;
 const ALLOWED_OF_ONE: f64 = 3.0;
 /// A bf16 rounding costs 2⁻⁹; no case rounds often enough in a row to reach this.
 const SANE: f64 = 3e-2;
+/// The op whose kernels have tiles to choose from.
+const LINEAR: &str = "linear";
 
 struct Options {
     scale: Scale,
@@ -109,8 +111,19 @@ struct Error {
     cpu: f64,
     /// The CPU's largest error of an element.
     largest: f64,
-    /// For each set of kernels that ran.
+    /// For each set of kernels that ran; of tiles the largest.
     gpu: Vec<(&'static str, f64)>,
+}
+
+impl Error {
+    fn add(&mut self, variant: &'static str, error: f64) {
+        match self.gpu.iter_mut().find(|(name, _)| *name == variant) {
+            // NaN stays.
+            Some((_, largest)) if error.is_nan() || error > *largest => *largest = error,
+            Some(_) => {}
+            None => self.gpu.push((variant, error)),
+        }
+    }
 }
 
 /// What became of a case.
@@ -199,7 +212,11 @@ fn judge(case: &Case, gpu: Option<&Gpu>, report: &mut Report) -> Result<()> {
         report.errors.push(Error { output: name.clone(), cpu, largest, gpu: Vec::new() });
     }
     for variant in gpu.iter().flat_map(|gpu| &gpu.variants) {
-        judge_variant(case, variant, &oracle, report)?;
+        judge_variant(case, variant, variant.name, &oracle, report)?;
+    }
+    let tiles = gpu.iter().flat_map(|gpu| &gpu.tiles).filter(|_| case.op == LINEAR);
+    for (tile, variant) in tiles {
+        judge_variant(case, variant, &format!("tile {tile}"), &oracle, report)?;
     }
     Ok(())
 }
@@ -207,10 +224,10 @@ fn judge(case: &Case, gpu: Option<&Gpu>, report: &mut Report) -> Result<()> {
 fn judge_variant(
     case: &Case,
     variant: &Variant,
+    kernels: &str,
     oracle: &[Output],
     report: &mut Report,
 ) -> Result<()> {
-    let kernels = variant.name;
     let (first, second) = {
         let mut running = case.open(&*variant.plain)?;
         (running.run()?, running.run()?)
@@ -228,7 +245,7 @@ fn judge_variant(
         let comparison = Comparison::new(&found.values, &expected.values);
         let cpu = report.errors[i].cpu;
         let allowed = (ALLOWED * cpu).max(case.floor);
-        report.errors[i].gpu.push((kernels, comparison.error));
+        report.errors[i].add(variant.name, comparison.error);
         if exceeds(comparison.error, allowed) {
             report.failures.push(format!(
                 "{kernels}: {name} is off by {:.2e}, allowed {allowed:.2e}; worst {}",
@@ -413,14 +430,18 @@ fn main() -> ExitCode {
     }
     let mut gpu = if options.pretend { Ok(pretended()) } else { gpu() };
     if let Ok(gpu) = &mut gpu {
-        gpu.variants.retain(|variant| !options.without.iter().any(|name| variant.name == name));
+        let wanted = |variant: &Variant| !options.without.iter().any(|name| variant.name == name);
+        gpu.variants.retain(wanted);
+        gpu.tiles.retain(|(_, variant)| wanted(variant));
     }
     let (device, mut failed) = match &gpu {
         Ok(gpu) => (format!("{}, driver {}", gpu.name, gpu.driver), 0),
         Err(reason) => (format!("skipped, {reason}"), usize::from(options.require_gpu)),
     };
     println!("GPU: {device}\noracle: {}\n", Cpu::new().description());
-    let variants = gpu.iter().flat_map(|gpu| gpu.variants.iter().map(|v| v.name)).collect();
+    let mut variants: Vec<_> =
+        gpu.iter().flat_map(|gpu| gpu.variants.iter().map(|v| v.name)).collect();
+    variants.extend(gpu.iter().flat_map(|gpu| gpu.tiles.first()).map(|(_, v)| v.name));
     let lines = options.lines || gpu.is_ok();
     let mut table = Table { variants, lines, ops: BTreeMap::new() };
     if lines {

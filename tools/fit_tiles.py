@@ -56,7 +56,7 @@ def clusters(tile, multiprocessors):
 def fits(tile, products, multiprocessors):
     """As Tile::fits."""
     few = sum(units(tile, products)) <= clusters(tile, multiprocessors)
-    suit = all(m <= tile["rows"] * tile["cluster"] and k >= tile["split"] * DEPTH for m, _, k in products)
+    suit = all(m <= 2 * tile["rows"] * tile["cluster"] and k >= tile["split"] * DEPTH for m, _, k in products)
     return tile["split"] == 1 or (few and suit)
 
 

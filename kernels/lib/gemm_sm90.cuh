@@ -17,13 +17,16 @@
 // from L2. A stage is then free only when the consumers of both blocks have handed it back.
 //
 // Where there are few tiles, kSplit blocks of a cluster share each: every one multiplies its part of the
-// inner dimension, the others write their sums to the shared memory of the first, and that one adds
-// them up in the order of the parts and finishes the tile. A block has one tile then, no more.
+// inner dimension for the whole tile and finishes the rows of some of its warps, for which the others
+// write their sums to its shared memory and it adds them up in the order of the parts. A block has one
+// tile then, no more.
 //
 // What differs is a `Problem` with
 //   struct Place;                           where a tile lies
 //   int tiles()                             number of tiles (of pairs of tiles for kCluster = 2)
 //   Place place(int tile, int rank)
+//   int rows(const Place&)                  that the tile has, a multiple of 16 up to kRows: so many are copied,
+//                                           and Finish is called for no warp that has none of them
 //   int steps(const Place&)                 k-steps, equal for both blocks of a pair, at least 1
 //   void each_step(const Place&, step)      calls step(copy_rows, k) for each, where
 //                                           copy_rows(to, barrier) issues the copy of the rows' part
@@ -68,11 +71,11 @@ struct Tile {
     static constexpr int kStagingFloats = 16 * 64;
     static constexpr int kStagingBytes = kWarps * (kBuffers > 0 ? kBuffers * kBufferBytes : kStagingFloats * 4);
     static constexpr int kMostShared = 227 * 1024;
-    // What the other blocks of a tile add, in the first.
-    static constexpr int kPartBytes = kRows * kCols * 4;
-    static constexpr int kPartsBytes = (kSplit - 1) * kPartBytes;
-    static constexpr int kFit = (kMostShared - kStagingBytes - kPartsBytes - 256) / kStageBytes;
-    static constexpr int kStages = kFit < 8 ? kFit : 8;
+    // Sums of a warp, and what the other blocks of a tile send to those warps that finish their rows.
+    static constexpr int kWarpBytes = kRows * kCols * 4 / kWarps;
+    static constexpr int kPartsBytes = (kSplit - 1) * kWarps / kSplit * kWarpBytes;
+    // As many as there is room for beside 384 bytes of barriers.
+    static constexpr int kStages = (kMostShared - kStagingBytes - kPartsBytes - 384) / kStageBytes;
     static constexpr int kStaging = kStages * kStageBytes;
     static constexpr int kParts = kStaging + kStagingBytes;
     static constexpr int kBarriers = kParts + kPartsBytes;
@@ -82,7 +85,7 @@ struct Tile {
     static constexpr int kProducerRegisters = kPingPong ? 24 : 40;
     static constexpr int kConsumerRegisters = kPingPong ? 240 : 232;
     static_assert(kStages >= 4 && kBarriers % 8 == 0 && kSharedBytes <= kMostShared);
-    static_assert(kSplit == 1 || (kCluster == 1 && !kPingPong));
+    static_assert(kSplit == 1 || (kCluster == 1 && !kPingPong && kWarps % kSplit == 0));
     static_assert(kRows % (64 * kReaders) == 0 && kCols % 64 == 0 && kStageBytes % 1024 == 0);
 };
 
@@ -288,10 +291,11 @@ __device__ __forceinline__ void produce(const Problem& problem, uint32_t shared,
     if (first_tile < problem.tiles()) {
         const typename Problem::Place place = problem.place(first_tile, rank);
         const int column = problem.column(place);
+        const int stage_bytes = Tile::kBytesB + problem.rows(place) * Tile::kRowBytes;
         Ring<Tile> filled{shared};
         problem.each_step(place, [&](const auto&, int k) {
             if (ahead == Tile::kStages) return;
-            barrier_expect(filled.full(), Tile::kStageBytes);
+            barrier_expect(filled.full(), stage_bytes);
             copy_columns<Tile>(filled, problem.columns_map(place), k, column, rank);
             filled.advance();
             ++ahead;
@@ -301,13 +305,14 @@ __device__ __forceinline__ void produce(const Problem& problem, uint32_t shared,
     for (int tile = first_tile; tile < problem.tiles(); tile += step_of_tiles) {
         const typename Problem::Place place = problem.place(tile, rank);
         const int column = problem.column(place);
+        const int stage_bytes = Tile::kBytesB + problem.rows(place) * Tile::kRowBytes;
         problem.each_step(place, [&](const auto& copy_rows, int k) {
             if (ahead > 0) {
                 --ahead;
                 copy_rows(ring.a(), ring.full());
             } else {
                 barrier_wait(ring.empty(), ring.parity ^ 1);
-                barrier_expect(ring.full(), Tile::kStageBytes);
+                barrier_expect(ring.full(), stage_bytes);
                 copy_rows(ring.a(), ring.full());
                 copy_columns<Tile>(ring, problem.columns_map(place), k, column, rank);
             }
@@ -327,33 +332,48 @@ __device__ __forceinline__ void hand_back(uint32_t empty) {
     }
 }
 
-// Adds up in the first block what all blocks of a tile found; whether this is the first.
+// The block of a tile's cluster that finishes the rows of a warp.
+template <class Tile>
+__device__ __forceinline__ int finisher(int warp) {
+    return warp % Tile::kSplit;
+}
+
+// Adds up what the warps of all blocks of a tile found for the same rows, where these are finished, if the
+// tile has such rows.
 template <class Tile, int kFragments, int kCount>
-__device__ __forceinline__ bool add_parts(float (&d)[kFragments][kCount], uint8_t* shared, int rank, int consumer) {
-    // Four values of each thread of the consumer side by side.
+__device__ __forceinline__ void add_parts(float (&d)[kFragments][kCount], uint8_t* shared, int rank, int warp,
+                                          bool rows) {
+    // Four values of each lane of the warp side by side.
     constexpr int kFours = kFragments * kCount / 4;
-    const int first = Tile::kParts + (consumer * kFours * 128 + static_cast<int>(threadIdx.x) % 128) * 16;
-    if (rank > 0) {
-        const uint32_t to = shared_address(shared) + first + (rank - 1) * Tile::kPartBytes;
+    static_assert(kFours * 32 * 16 == Tile::kWarpBytes);
+    const int first = Tile::kParts + warp / Tile::kSplit * (Tile::kSplit - 1) * Tile::kWarpBytes +
+                      static_cast<int>(threadIdx.x) % 32 * 16;
+    // Where a part lies that is not the finisher's own.
+    const auto place = [&](int part, int to) { return first + (part < to ? part : part - 1) * Tile::kWarpBytes; };
+    const int to = finisher<Tile>(warp);
+    cluster_wait();
+    if (rows && rank != to) {
+        const uint32_t at = shared_address(shared) + place(rank, to);
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
             const float* const v = &d[4 * i / kCount][4 * i % kCount];
-            store_at(to + i * 128 * 16, 0, make_float4(v[0], v[1], v[2], v[3]));
+            store_at(at + i * 32 * 16, to, make_float4(v[0], v[1], v[2], v[3]));
         }
     }
     cluster_sync();
-    if (rank > 0) return false;
-#pragma unroll 1
-    for (int part = 0; part < Tile::kSplit - 1; ++part) {
-        const uint8_t* const from = shared + first + part * Tile::kPartBytes;
+    if (!rows || rank != to) return;
 #pragma unroll
-        for (int i = 0; i < kFours; ++i) {
-            const float4 add = *reinterpret_cast<const float4*>(from + i * 128 * 16);
-            float* const v = &d[4 * i / kCount][4 * i % kCount];
-            v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
+    for (int i = 0; i < kFours; ++i) {
+        float* const v = &d[4 * i / kCount][4 * i % kCount];
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int part = 0; part < Tile::kSplit; ++part) {
+            float4 add = make_float4(v[0], v[1], v[2], v[3]);
+            if (part != rank) add = *reinterpret_cast<const float4*>(shared + place(part, rank) + i * 32 * 16);
+            sum.x += add.x, sum.y += add.y, sum.z += add.z, sum.w += add.w;
         }
+        v[0] = sum.x, v[1] = sum.y, v[2] = sum.z, v[3] = sum.w;
     }
-    return true;
 }
 
 template <class Tile, class Problem>
@@ -372,6 +392,8 @@ __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared,
     for (int tile = blockIdx.x / Tile::kBlocks; tile < problem.tiles(); tile += step_of_tiles) {
         const typename Problem::Place place = problem.place(tile, rank);
         const int steps = problem.steps(place);
+        const bool has_rows = warp_row < problem.rows(place);
+        const bool finishes = has_rows && (Tile::kSplit == 1 || rank == finisher<Tile>(warp));
         if constexpr (Tile::kPingPong) {
             mine = !mine;
             if (!mine) {
@@ -405,7 +427,7 @@ __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared,
             if (step > 0) hand_back<Tile>(previous);
             previous = ring.empty();
             ring.advance();
-            if (step == ahead && (Tile::kSplit == 1 || rank == 0)) finish.ahead(place, warp_row);
+            if (step == ahead && finishes) finish.ahead(place, warp_row);
         }
         // The turn of the other consumer, where there is a further tile.
         if constexpr (Tile::kPingPong) {
@@ -415,10 +437,8 @@ __device__ __forceinline__ void consume(const Problem& problem, uint8_t* shared,
 #pragma unroll
         for (int f = 0; f < Tile::kFragments; ++f) wgmma_pin(d[f]);
         hand_back<Tile>(previous);
-        if constexpr (Tile::kSplit > 1) {
-            if (!add_parts<Tile>(d, shared, rank, consumer)) break;
-        }
-        finish.finish(place, warp_row, d);
+        if constexpr (Tile::kSplit > 1) add_parts<Tile>(d, shared, rank, warp, has_rows);
+        if (finishes) finish.finish(place, warp_row, d);
     }
     finish.drain();
 }
@@ -442,10 +462,12 @@ __device__ __forceinline__ void multiply_tiles(const Problem& problem) {
         }
         barrier_init_fence();
     }
-    if constexpr (Tile::kBlocks == 1) {
-        __syncthreads();
-    } else {
+    if constexpr (Tile::kCluster > 1) {
         cluster_sync();
+    } else {
+        __syncthreads();
+        // Awaited before sums are sent.
+        if constexpr (Tile::kSplit > 1) cluster_arrive();
     }
     if (warpgroup == Tile::kConsumers) {
         lower_registers<Tile::kProducerRegisters>();
@@ -453,8 +475,11 @@ __device__ __forceinline__ void multiply_tiles(const Problem& problem) {
             produce<Tile>(problem, base, rank);
         }
         __syncwarp();
-        // Of add_parts.
-        if constexpr (Tile::kSplit > 1) cluster_sync();
+        // As in add_parts.
+        if constexpr (Tile::kSplit > 1) {
+            cluster_wait();
+            cluster_sync();
+        }
     } else {
         raise_registers<Tile::kConsumerRegisters>();
         consume<Tile>(problem, shared, rank, warpgroup);

@@ -148,11 +148,14 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 
 // ---- clusters of blocks --------------------------------------------------------------------------
 
-// All threads of all blocks of the cluster, each warp converged. Orders their memory accesses. A
-// block may not end while another can still write to its shared memory.
+// All threads of all blocks of the cluster arrive and then wait, in turn, each warp converged. Orders
+// their memory accesses. A block may not end while another can still write to its shared memory, nor
+// be written to before it has begun.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+    cluster_arrive();
+    cluster_wait();
 }
 
 // Arrives at the barrier that lies at this address in the block of rank `rank`.

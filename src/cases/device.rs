@@ -6,7 +6,7 @@ use crate::exec::{Backend, Cuda};
 
 /// A way to run on the GPU.
 pub struct Variant {
-    /// For tables: `fast`, `generic`, and `cublaslt` where that is installed.
+    /// For tables: `fast`, `generic`, `cublaslt` where that is installed, and `tiles`.
     pub name: &'static str,
     /// As pipelines use it.
     pub plain: Box<dyn Backend>,
@@ -26,7 +26,7 @@ pub struct Gpu {
     pub multiprocessors: u32,
     /// The first variant with all linear layers in one tile: none where no kernel of this GPU has
     /// such tiles.
-    pub tiles: Vec<(LinearTile, Box<dyn Backend>)>,
+    pub tiles: Vec<(LinearTile, Variant)>,
     /// Measures the bytes per second of a large copy within the device's memory, read and
     /// write counted.
     pub copy_rate: Box<dyn Fn() -> Result<f64> + Send + Sync>,
@@ -57,9 +57,7 @@ pub fn gpu() -> Result<Gpu, String> {
     if probe::cublaslt().is_some() {
         variants.push(variant("cublaslt", cuda.clone().with_gemm(Gemm::CublasLt)));
     }
-    let in_tile = |tile| -> (LinearTile, Box<dyn Backend>) {
-        (tile, Box::new(cuda.clone().with_gemm(Gemm::Tile(tile))))
-    };
+    let in_tile = |tile| (tile, variant("tiles", cuda.clone().with_gemm(Gemm::Tile(tile))));
     Ok(Gpu {
         multiprocessors: cuda.multiprocessors(),
         tiles: cuda.linear_tiles().into_iter().map(in_tile).collect(),

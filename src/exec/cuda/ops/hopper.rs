@@ -69,16 +69,23 @@ impl Tile {
         Units { down, across: columns.div_ceil(self.columns), depth }
     }
 
+    /// Rows of each tile of a product of so many: as equal as warps of 16 rows allow. The copy engine
+    /// is slow where boxes reach beyond the last row.
+    pub fn height(&self, rows: usize) -> usize {
+        let tiles = rows.div_ceil(self.rows * self.cluster) * self.cluster;
+        rows.div_ceil(tiles).next_multiple_of(16)
+    }
+
     /// Clusters that run at once.
     fn clusters(&self, multiprocessors: usize) -> usize {
         multiprocessors / (self.cluster * self.split)
     }
 
     /// Whether it can be used for these products: blocks that share a tile have no second one, and
-    /// each needs a part of its inner dimension. With a second row of tiles, which reads all
-    /// columns once more, nothing is gained.
+    /// each needs a part of its inner dimension. Every row of tiles reads all columns once more:
+    /// with a third nothing is gained.
     pub fn fits(&self, multiprocessors: usize, units: &[Units]) -> bool {
-        let suits = |of: &Units| of.down == 1 && of.depth >= self.split * Tile::DEPTH;
+        let suits = |of: &Units| of.down <= 2 && of.depth >= self.split * Tile::DEPTH;
         let few = Units::total(units) <= self.clusters(multiprocessors);
         self.split == 1 || (few && units.iter().all(suits))
     }

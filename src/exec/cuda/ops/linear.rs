@@ -246,12 +246,14 @@ fn launch_hopper(p: &mut Prepare<'_>, layers: &[Layer], f32_out: bool) -> Result
         let (rows, cols) = (out.cols, x.cols);
         let weight = Place { address: gemm.weight, rows, cols, stride: cols, dtype: DType::Bf16 };
         let parameters = params::GemmSm90 {
-            a: tensor_map::matrix(x, tile.rows)?,
+            a: tensor_map::matrix(x, tile.height(x.rows))?,
             b: tensor_map::matrix(weight, tile.columns / tile.cluster)?,
             c: if f32_out { bytemuck::Zeroable::zeroed() } else { tensor_map::matrix(out, 16)? },
             gemm,
             heads,
-            tail: [0; 5],
+            tile_rows: int(tile.height(x.rows))?,
+            pad: 0,
+            tail: [0; 4],
         };
         Ok((parameters, int(units(tile, layer).count())?))
     };
@@ -287,13 +289,14 @@ const fn split(rows: usize, columns: usize, split: usize, times: [usize; 3]) -> 
 /// counted; they are for choosing among these, and mean little by themselves. The fit is repeated
 /// by `cargo bench --bench ops -- linear --tile all --json FILE` and `tools/fit_tiles.py FILE`.
 /// Of products with results in f32 the bench has too few.
-pub(super) const HOPPER_TILES: [Tile; 6] = [
+pub(super) const HOPPER_TILES: [Tile; 7] = [
     in_turn(128, 128, 2, [7300, 363, 3600]),
     shared(128, 192, [7300, 508, 2400]),
     in_turn(64, 192, 2, [7200, 302, 3600]),
     in_turn(64, 64, 1, [6400, 171, 2400]),
     shared(128, 64, [5800, 282, 1000]),
-    split(128, 64, 2, [9250, 319, 0]),
+    split(128, 64, 2, [8370, 249, 0]),
+    split(128, 64, 4, [9250, 319, 0]),
 ];
 pub(super) const HOPPER_TILES_F32: [Tile; 2] =
     [shared(128, 128, [7300, 333, 2300]), shared(128, 64, [5800, 282, 1000])];
@@ -349,12 +352,47 @@ mod tests {
             (&[(2000, 1536, 6144)], "128x192"),
             (&[(97, 4608, 1536), (1850, 4608, 1536)], "128x192"),
             (&[(128, 12288, 4096)], "64x192_pair"),
-            (&[(97, 1536, 4096)], "128x64_split2"),
+            (&[(97, 1536, 4096)], "128x64_split4"),
             (&[(128, 4096, 10240)], "128x64_split2"),
-            (&[(140, 1536, 4096)], "64x64"),
+            (&[(40, 1920, 4096)], "128x64_split4"),
+            (&[(140, 1536, 4096)], "128x64_split2"),
+            (&[(256, 1920, 4096)], "128x64_split2"),
             (&[(480, 1536, 1536)], "128x64"),
         ] {
             assert_eq!(tile(products), expected, "{products:?}");
+        }
+    }
+
+    #[test]
+    fn tiles_of_few_rows_are_as_low_as_they_can_be() {
+        let find = |name: &str| HOPPER_TILES.into_iter().find(|t| t.to_string() == name);
+        for (name, rows, expected) in [
+            ("64x64", 1, 16),
+            ("64x64", 64, 64),
+            ("64x64", 65, 48),
+            ("64x64", 140, 48),
+            ("64x64", 20_000, 64),
+            ("128x64", 97, 112),
+            ("128x64_split4", 130, 80),
+            ("64x192_pair", 20, 16),
+            ("64x192_pair", 128, 64),
+            ("128x192", 480, 128),
+            ("128x128_pair", 1, 16),
+            ("128x128_pair", 300, 80),
+        ] {
+            let tile = find(name).expect("a tile");
+            let height = tile.height(rows);
+            assert_eq!(height, expected, "{rows} rows in {name}");
+            let tiles = tile.units(rows, 1, 1).down * tile.cluster;
+            assert!(height <= tile.rows && tiles * height >= rows, "{rows} rows in {name}");
+        }
+        // Every tile but the last of a pair has a row.
+        for tile in HOPPER_TILES.into_iter().chain(HOPPER_TILES_F32) {
+            for rows in 1..700 {
+                let tiles = tile.units(rows, 1, 1).down;
+                let high = tile.height(rows) * tile.cluster;
+                assert!((tiles - 1) * high < rows && rows <= tiles * high, "{rows} rows in {tile}");
+            }
         }
     }
 

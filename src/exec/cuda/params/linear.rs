@@ -39,7 +39,10 @@ pub(in crate::exec::cuda) struct GemmSm90 {
     pub c: TensorMap,
     pub gemm: Gemm,
     pub heads: Heads,
-    pub tail: [u64; 5],
+    /// Rows of its tiles: a multiple of 16, at most what the kernel is made for.
+    pub tile_rows: i32,
+    pub pad: i32,
+    pub tail: [u64; 4],
 }
 
 /// What `kernels/gemm_sm90.cu` needs to norm and rotate heads; all zeros where it does not.
